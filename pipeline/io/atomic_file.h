@@ -1,0 +1,40 @@
+#pragma once
+/// Files that exist whole or not at all: written to a temporary name in the same directory, synced,
+/// renamed, the directory synced. What is not committed is removed by the destructor.
+
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+
+namespace espalier::io {
+
+class AtomicFile {
+ public:
+  /// Creates missing parent directories. Throws EnvironmentError (path, errno text, free bytes).
+  explicit AtomicFile(std::filesystem::path target);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write(std::span<const std::byte> bytes);
+  void write(const std::string& text);
+  /// The temporary name, for libraries that open by name (HDF5).
+  const std::filesystem::path& temporary() const { return temporary_; }
+  /// Sync, rename, sync the directory.
+  void commit();
+
+ private:
+  std::filesystem::path target_, temporary_;
+  int descriptor_ = -1;
+};
+
+void write_file(const std::filesystem::path& target, const std::string& text);
+std::string read_file(const std::filesystem::path& file, size_t limit_bytes = size_t{1} << 30);
+/// Removes temporary files that a killed process of this run left under `directory`.
+void remove_leftovers(const std::filesystem::path& directory);
+/// Throws EnvironmentError with both numbers when fewer than `needed_bytes` are free, or the
+/// directory cannot be created or written.
+void require_space(const std::filesystem::path& directory, int64_t needed_bytes);
+
+}  // namespace espalier::io

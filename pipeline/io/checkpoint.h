@@ -1,0 +1,57 @@
+#pragma once
+/// A model on disk: a directory as `transformers` writes it, or an espalier model directory that
+/// stores only what a stage changed and names the model it stands on.
+///
+/// A derived directory holds `derived.json` ({"base": DIR, "base_checksum": ...}) and any number of
+/// safetensors files; a tensor found in the directory hides the base's. Chains of any length.
+
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "pipeline/io/safetensors.h"
+
+namespace espalier::io {
+
+class Checkpoint {
+ public:
+  /// Opens and checks headers of all files (model.safetensors, or model.safetensors.index.json with
+  /// its shards; derived directories recursively). Throws UserError naming directory and file.
+  static Checkpoint open(const std::filesystem::path& directory);
+
+  const std::filesystem::path& directory() const;
+  /// The directory at the bottom of the chain: config.json, tokenizer files.
+  const std::filesystem::path& root() const;
+  /// config.json, parsed (bounded size and depth).
+  const nlohmann::json& config() const;
+  std::vector<std::string> names() const;  ///< sorted
+  bool has(const std::string& name) const;
+  const TensorInfo& info(const std::string& name) const;
+  at::Tensor view(const std::string& name) const;
+  void drop(const std::string& name) const;
+  /// Of all tensors' bytes, by sorted name (dtype, shape, data): equal for a derived model and its
+  /// dense export. Cached in the process; costs one read of the model.
+  std::string tensors_checksum() const;
+  /// Total bytes of the tensors.
+  int64_t bytes() const;
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+/// Writes `derived.json` into `directory` (after the tensor files are complete).
+void write_derived(const std::filesystem::path& directory, const Checkpoint& base);
+
+/// Writes the whole model dense: shards of at most `shard_bytes` with the index when more than one,
+/// config.json (dtype field set to the tensors'), tokenizer and generation files carried along.
+/// Each tensor is cast to `dtype` when floating point. Tied tensors that the root stores once are
+/// stored once. Atomic by file; streams a tensor at a time.
+void write_dense(const Checkpoint& model, const std::filesystem::path& directory,
+                 at::ScalarType dtype, int64_t shard_bytes = int64_t{5} << 30);
+
+}  // namespace espalier::io
