@@ -1,0 +1,69 @@
+#pragma once
+/// What a stage is given and what it leaves. A stage registers itself under the name that
+/// configurations use; adding one needs no line elsewhere.
+
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "pipeline/comm/communicator.h"
+#include "pipeline/config/section.h"
+#include "pipeline/driver/progress.h"
+#include "pipeline/workers.h"
+
+namespace espalier::driver {
+
+/// What every stage of a run shares.
+struct RunContext {
+  comm::Communicator group;
+  Workers* workers = nullptr;
+  std::filesystem::path directory;  ///< run.dir
+  uint64_t seed = 0;
+  at::ScalarType dtype;             ///< model.dtype: products, and weights between stages
+  std::filesystem::path calibration_data, train_data;  ///< empty when unset
+};
+
+struct StageContext {
+  const RunContext& run;
+  std::string node;                    ///< "prune", "prune_again"
+  std::filesystem::path directory;     ///< <run.dir>/03-prune
+  std::filesystem::path input_model;   ///< a checkpoint or a derived model directory
+  Progress& progress;
+  /// The model a pipeline entry left ("start", "evaluate#2", "retrain"); the model the last retrain
+  /// stage took is "retrain.input".
+  std::function<std::filesystem::path(const std::string& entry)> model_of;
+
+  /// Everything a unit of work may be resumed from; not part of the outputs, removed at the end.
+  std::filesystem::path state_directory() const { return directory / "state"; }
+};
+
+struct StageResult {
+  std::filesystem::path model;  ///< what the next stage reads; the input when the stage changes none
+  nlohmann::json metrics;       ///< written to metrics.json by the driver
+};
+
+/// One stage of one run: configured (and checked) before anything runs, then carried out.
+class Stage {
+ public:
+  virtual ~Stage() = default;
+  /// Checks paths, shapes, vocabulary against the model the *run starts from*: everything that can be
+  /// refused before work begins. Throws UserError.
+  virtual void check(const RunContext& run, const std::filesystem::path& start_model) const = 0;
+  virtual StageResult carry_out(StageContext& context) const = 0;
+};
+
+/// Reads its keys (config::Section) and gives the stage.
+using StageFactory = std::function<std::unique_ptr<Stage>(const config::Section& section)>;
+
+/// const StageRegistration registration{"prune", make_prune};
+struct StageRegistration {
+  StageRegistration(const std::string& name, StageFactory factory);
+};
+/// Throws UserError that lists the stages when there is none of that name.
+std::unique_ptr<Stage> make_stage(const std::string& name, const config::Section& section);
+
+}  // namespace espalier::driver

@@ -1,0 +1,37 @@
+#pragma once
+/// Exact order statistics over values that are spread over workers and ranks.
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "pipeline/comm/communicator.h"
+#include "pipeline/workers.h"
+
+namespace espalier::linalg {
+
+/// One selection: non-negative finite float values in pieces (this rank's tiles).
+struct Selection {
+  std::vector<std::span<const float>> pieces;
+  int64_t k = 0;  ///< 0-based position in ascending order, over all ranks
+};
+
+/// The value at position k of each selection, exactly: radix selection on the floats' bits with
+/// histograms reduced over ranks (three rounds of 11, 11 and 10 bits; every selection of the batch in
+/// the same three collectives). Collective. Reads the values three times.
+std::vector<float> kth_smallest(const std::vector<Selection>& batch, Workers& workers,
+                                const comm::Communicator& group);
+
+/// Where exactly-k selections cut: a value goes when it is < threshold, or == threshold and its
+/// global index is < first_kept_index. k = 0 gives a cut that takes nothing.
+struct Cut {
+  float threshold = 0;
+  int64_t first_kept_index = 0;
+};
+
+/// The cut that takes exactly the k smallest, ties by ascending index. piece_index[i] is the global
+/// index of pieces[i]'s first value (pieces are contiguous index ranges). Collective.
+Cut cut_smallest(const Selection& selection, std::span<const int64_t> piece_index, Workers& workers,
+                 const comm::Communicator& group);
+
+}  // namespace espalier::linalg

@@ -1,0 +1,20 @@
+#pragma once
+/// Which weights may go: `unstructured`, or K kept of every M consecutive inputs of a row ("2:4").
+
+#include <cstdint>
+#include <string>
+
+namespace espalier::prune {
+
+struct Pattern {
+  int64_t keep = 0, group = 0;  ///< K:M; 0:0 is unstructured
+  double sparsity = 0.5;        ///< share of weights that go; 1 - K/M with K:M
+
+  bool unstructured() const { return group == 0; }
+  std::string name() const;  ///< "unstructured" or "2:4"
+};
+
+/// Parses "unstructured" or "K:M" (1 <= K < M <= 64). Throws UserError stating the legal forms.
+Pattern parse_pattern(const std::string& text, double sparsity_when_unstructured);
+
+}  // namespace espalier::prune
