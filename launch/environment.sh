@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by every script of this folder: where things are, and how the scripts speak.
 #
 # Variables that a person may set:

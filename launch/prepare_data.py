@@ -27,9 +27,7 @@ float32), /loss_mask uint8 [n], /choice_of int64 [rows], and for classification 
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import os
 import sys
@@ -102,14 +100,6 @@ class Checkpoint:
 
     def plain(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def prefixed(self, text: str) -> list[int]:
-        """With what the tokenizer itself puts before a text (LLaMA's begin token), nothing after it."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=True)
-        length = len(encoding.ids)
-        while length and encoding.special_tokens_mask[length - 1]:
-            length -= 1
-        return encoding.ids[:length]
 
     def required_end_token(self) -> int:
         if self.end_token is None:
@@ -327,9 +317,10 @@ def read_choices(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadab
             number = len(result.labels)
             result.labels.append(answer)
             for context, choice in zip(contexts, choices):
-                # The space belongs to the continuation: it is part of its first token.
-                prompt = question.format(context) if arguments.template == "question" else context
-                add_with_loss(result, *tokens_after(checkpoint, prompt.rstrip(" "), " " + choice.lstrip(" ")), [])
+                prompt = question.format(context).rstrip(" ")
+                # The space between them is part of the continuation's first token.
+                continuation = choice.strip(" ") if prompt.endswith("\n") else " " + choice.strip(" ")
+                add_with_loss(result, *tokens_after(checkpoint, prompt, continuation), [])
                 result.choice_of.append(number)
                 result.characters.append(len(choice.strip(" ")))
     return result
@@ -358,21 +349,12 @@ GLUE_TASKS = {
 }
 
 
-def glue_rows(file: Path, unreadable: Unreadable) -> Iterator[tuple[str, list[str]]]:
-    """(place, cells) of each line. Quotation marks are text; only a line end ends a line."""
-    lines = csv.reader(io.StringIO(read_text(file), newline="\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
-    number = 0
-    while True:
-        number += 1
-        try:
-            cells = next(lines)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            unreadable.add(f"{file}:{number}", str(error))
-            continue
-        if cells:
-            yield f"{file}:{number}", cells
+def glue_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """(place, cells) of each line. The format knows no quoting, so no CSV reader: quotation marks are text."""
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if line:
+            yield f"{file}:{number}", line.split("\t")
 
 
 def read_glue(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable: Unreadable) -> TokenSet:
@@ -383,7 +365,7 @@ def read_glue(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable:
     result = TokenSet(labels=[], labels_are_numbers=task.classes is None, token_types=array("B"))
     has_header = task.label != "1"
     for file in arguments.input:
-        rows = glue_rows(file, unreadable)
+        rows = glue_rows(file)
         columns: dict[str, int] = {str(position): position for position in range(4)}
         if has_header:
             place, header = next(rows, (str(file), []))

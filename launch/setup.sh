@@ -52,7 +52,7 @@ END
 wishes() {
   echo "ccache|repeated builds|program ccache"
   if ! $own_model; then
-    echo "python3.11-doc|the text of the example|file /usr/share/doc/python3.11/html/_sources"
+    echo "python3.11-doc|the text of the example|documentation"
   fi
 }
 
@@ -75,11 +75,11 @@ has_header() {
 
 is_there() {
   case "$1" in
-    compiler) [ -n "${CXX:-}" ] && command -v "$CXX" >/dev/null || command -v g++ >/dev/null ;;
+    compiler) command -v "${CXX:-g++}" >/dev/null ;;
     venv) [ -x "$ESPALIER_VENV/bin/python" ] || "$ESPALIER_PYTHON" -c 'import ensurepip, venv' 2>/dev/null ;;
     program\ *) command -v "${1#program }" >/dev/null ;;
     header\ *) has_header "${1#header }" ;;
-    file\ *) [ -e "${1#file }" ] ;;
+    documentation) [ -d /usr/share/doc/python3.11/html/_sources ] || [ -d "$ESPALIER_WORK/python-docs" ] ;;
   esac
 }
 
@@ -97,6 +97,15 @@ update_package_lists() { attempt apt-get -o Acquire::Retries=3 update; }
 install_packages() {
   export DEBIAN_FRONTEND=noninteractive
   attempt apt-get -o Acquire::Retries=3 install -y --no-install-recommends "$@"
+}
+
+# Unpacked, not installed: minimal images are set to leave out /usr/share/doc.
+fetch_documentation() {
+  local folder
+  folder="$(mktemp -d "$ESPALIER_WORK/.documentation-XXXXXX")"
+  (cd "$folder" && attempt apt-get -o Acquire::Retries=3 download "$1" && dpkg-deb -x ./*.deb unpacked)
+  mv "$folder/unpacked/usr/share/doc/python3.11/html/_sources" "$ESPALIER_WORK/python-docs"
+  rm -rf "$folder"
 }
 
 system_packages() {
@@ -117,9 +126,11 @@ system_packages() {
     fi
     while IFS='|' read -r package _; do
       [ -n "$package" ] || continue
-      if apt-cache show "$package" >/dev/null 2>&1; then
-        step "system package $package" install_packages "$package"
-      fi
+      apt-cache show "$package" >/dev/null 2>&1 || continue
+      case "$package" in
+        *-doc) step "documentation" fetch_documentation "$package" ;;
+        *) step "system package $package" install_packages "$package" ;;
+      esac
     done <<<"$wished"
     lacking="$(missing needs)" wished="$(missing wishes)"
     mkdir -p "$ESPALIER_WORK"
@@ -157,7 +168,7 @@ make_environment() {
 
 # The lists are complete, so pip resolves nothing and brings nothing that is not pinned.
 install_requirements() {
-  attempt "$ESPALIER_VENV/bin/python" -m pip install --no-deps --disable-pip-version-check \
+  attempt "$ESPALIER_VENV/bin/python" -m pip install --no-deps --no-compile --disable-pip-version-check \
     --retries 5 -r "$ESPALIER_SOURCE/launch/$1"
   hash_of "$1" >"$(stamp_of "$1").new"
   mv "$(stamp_of "$1").new" "$(stamp_of "$1")"
