@@ -41,39 +41,6 @@ done
 command -v sbatch >/dev/null || fail "sbatch is not here; submit from a machine of the Slurm cluster, or use launch/run.sh"
 [ -x "$ESPALIER_BUILD/espalier" ] || fail "$ESPALIER_BUILD/espalier is not there; launch/setup.sh and then launch/build.sh make it"
 
-# USR1 goes to the batch script alone (B:), which hands it on: mpirun forwards it to the ranks, those
-# of other nodes as well.
-job="$(cat <<'END'
-#!/usr/bin/env bash
-set -uo pipefail
-source_folder="$1" ranks="$2"
-shift 2
-. "$source_folder/launch/environment.sh"
-# The number of cores a rank may use: nothing else runs on these nodes.
-threads=$((SLURM_CPUS_ON_NODE / (ranks / SLURM_JOB_NUM_NODES)))
-[ "$threads" -ge 1 ] || threads=1
-# shellcheck disable=SC2086  # several words
-mpirun -n "$ranks" --map-by "ppr:$((ranks / SLURM_JOB_NUM_NODES)):node" --bind-to none --oversubscribe \
-  $ESPALIER_MPIRUN_ARGUMENTS "$ESPALIER_BUILD/espalier" "cluster.threads_per_rank=$threads" "$@" &
-ranks_process=$!
-trap 'kill -USR1 "$ranks_process"' USR1
-trap 'kill -TERM "$ranks_process"' TERM
-# A trapped signal ends wait early; the ranks are still saving then.
-wait "$ranks_process"
-code=$?
-while kill -0 "$ranks_process" 2>/dev/null; do
-  wait "$ranks_process"
-  code=$?
-done
-if [ "$code" = 75 ]; then
-  echo "espalier: saved; the job goes back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
-  # Slurm ends this script; leaving earlier would report the job as failed.
-  sleep 60
-fi
-exit "$code"
-END
-)"
 exec sbatch --nodes="$nodes" --ntasks-per-node="$ranks_per_node" --exclusive --time="$time" --requeue \
   --open-mode=append --signal=B:USR1@120 --job-name=espalier "${options[@]}" \
-  <(printf '%s\n' "$job") "$ESPALIER_SOURCE" "$((nodes * ranks_per_node))" "$@"
+  "$ESPALIER_SOURCE/launch/job.sh" "$ESPALIER_SOURCE" "$((nodes * ranks_per_node))" "$@"
