@@ -52,7 +52,7 @@ struct TokenSet::State {
   at::Tensor kept_tokens, kept_mask;  // the whole datasets when the set is small
 
   int64_t documents() const { return static_cast<int64_t>(offsets.size()) - 1; }
-  int64_t separators() const { return documents() > 1 ? 1 : 0; }
+  int64_t separators() const { return documents() > 1 && end_token >= 0 ? 1 : 0; }
   /// Where document d starts in the stream.
   int64_t stream_offset(int64_t d) const { return offsets[d] + d * separators(); }
 
@@ -83,8 +83,9 @@ void TokenSet::State::read_attributes() {
   end_token = reader.integer_attribute("/", "end_token");
   if (vocabulary_size <= 0)
     fail(path, fmt::format("vocabulary_size {} is not positive", vocabulary_size));
-  if (end_token < 0 || end_token >= vocabulary_size)
-    fail(path, fmt::format("end_token {} is outside [0, {})", end_token, vocabulary_size));
+  if (end_token < -1 || end_token >= vocabulary_size)
+    fail(path, fmt::format("end_token {} is outside [0, {}) and not -1 (none)", end_token,
+                           vocabulary_size));
 }
 
 void TokenSet::State::read_offsets() {

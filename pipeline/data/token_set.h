@@ -29,6 +29,7 @@ class TokenSet {
   const std::string& kind() const;
   const std::string& tokenizer_checksum() const;
   int64_t vocabulary_size() const;
+  /// -1 when the tokenizer has none: a stream then has nothing between its documents.
   int64_t end_token() const;
   /// Of tokens, offsets and loss mask: metrics carry it, so that figures on different data differ.
   const std::string& checksum() const;
