@@ -83,9 +83,8 @@ class Builder : public YAML::EventHandler {
     YAML::anchor_t anchor;
     YAML::Mark mark;
     bool has_key = false, is_merge = false;
-    Key key;
-    std::vector<NodePtr> merged;
-    std::vector<std::pair<Key, YAML::Mark>> own_keys;
+    Key key = {};
+    std::vector<NodePtr> merged = {};
   };
 
   void start(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor, Kind kind,

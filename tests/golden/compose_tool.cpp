@@ -59,7 +59,8 @@ int main() {
     std::getline(std::cin, mode);
     while (std::getline(std::cin, line) && !line.empty()) request.overrides.push_back(line);
     try {
-      std::cout << "ok " << answer(request, mode) << std::endl;
+      std::string text = answer(request, mode);
+      std::cout << "ok " << text << std::endl;
     } catch (const espalier::Error& error) {
       std::cout << "error " << quoted(error.what()) << std::endl;
     }
