@@ -28,14 +28,16 @@ void refuse_hydra(const Override& override) {
   const std::string& key = override.key;
   if (key == "hydra" || key.starts_with("hydra.") || key.starts_with("hydra/")) {
     throw UserError(override.origin().describe() +
-                    ": hydra.* configures Hydra itself, which espalier does not use; the run's directory is run.dir");
+                    ": hydra.* configures Hydra itself, which espalier does not use; the run's "
+                    "directory is run.dir");
   }
 }
 
 void refuse_sweep(const Override& override) {
   if (!override.value.holds_sweep()) return;
   throw UserError(override.origin().describe() +
-                  ": this value is a sweep, which needs --multirun; a list is written [a,b], a text with commas 'a,b'");
+                  ": this value is a sweep, which needs --multirun; a list is written [a,b], a "
+                  "text with commas 'a,b'");
 }
 
 std::vector<Override> parse_all(const Request& request) {
@@ -63,8 +65,9 @@ Composition compose(const Request& request) {
   state->tree = make_node(Kind::mapping);
   for (const auto& row : state->rows) merge_package(state->tree, row.file->content, row.package);
   if (NodePtr hydra = state->tree->find("hydra")) {
-    throw UserError(hydra->origin.describe() +
-                    ": hydra: the key configures Hydra itself, which espalier does not use; remove it");
+    throw UserError(
+        hydra->origin.describe() +
+        ": hydra: the key configures Hydra itself, which espalier does not use; remove it");
   }
   for (const auto& override : state->overrides) {
     if (!is_group_override(repository, override)) apply_override(state->tree, override);
@@ -114,7 +117,8 @@ std::string describe_groups(const std::filesystem::path& directory) {
   Repository repository(directory);
   std::string text = "== Configurations (--config-name NAME) ==\n";
   text += join(repository.choices(""), ", ") + "\n\n== Groups (group=choice) ==\n";
-  for (const auto& group : repository.groups()) text += group + ": " + join(repository.choices(group), ", ") + "\n";
+  for (const auto& group : repository.groups())
+    text += group + ": " + join(repository.choices(group), ", ") + "\n";
   text += "\n== Keys (key=value) ==\n";
   try {
     Request request;

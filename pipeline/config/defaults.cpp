@@ -34,10 +34,10 @@ bool is_interpolated(const std::string& text) { return text.find("${") != std::s
 /// An element of a defaults list at its place in the tree.
 struct TreeNode {
   DefaultsEntry entry;
-  std::string base;            ///< the group of the file that lists it
+  std::string base;  ///< the group of the file that lists it
   std::string parent_package;
-  std::string parent;          ///< the file that lists it
-  bool deferred = false;       ///< waits for the choices that its name refers to
+  std::string parent;     ///< the file that lists it
+  bool deferred = false;  ///< waits for the choices that its name refers to
   bool skipped = false;
 
   struct File {
@@ -47,14 +47,17 @@ struct TreeNode {
   };
   std::vector<File> files;  ///< one a choice
 
-  std::string path() const { return entry.absolute ? entry.name : join_with(base, entry.name, '/'); }
+  std::string path() const {
+    return entry.absolute ? entry.name : join_with(base, entry.name, '/');
+  }
   std::string group() const {
     return entry.kind == DefaultsEntry::Kind::group ? path() : directory_of(path());
   }
 
   /// The package without regard to a file's header.
   std::string package() const {
-    std::string written_group = entry.kind == DefaultsEntry::Kind::group ? entry.name : directory_of(entry.name);
+    std::string written_group =
+        entry.kind == DefaultsEntry::Kind::group ? entry.name : directory_of(entry.name);
     std::string package = entry.package.value_or(dotted(written_group));
     if (package == "_here_") return parent_package;
     if (size_t at = package.find("_group_"); entry.package && at != std::string::npos) {
@@ -101,9 +104,11 @@ struct KnownChoices : Lookup {
     if (found != choices.end()) return make_plain_text(found->second);
     std::vector<std::string> known;
     for (const auto& choice : choices) known.push_back(choice.first);
-    throw UserError("${" + name + "} in a defaults list refers to the choice of a group" + suggestion(name, known));
+    throw UserError("${" + name + "} in a defaults list refers to the choice of a group" +
+                    suggestion(name, known));
   }
-  NodePtr resolver(const std::string&, const std::vector<NodePtr>&, const std::vector<std::string>& texts) override {
+  NodePtr resolver(const std::string&, const std::vector<NodePtr>&,
+                   const std::vector<std::string>& texts) override {
     // Only the environment's resolvers make sense here; they need no tree.
     return nothing.dereference(make_text("${oc.env:" + join(texts, ",") + "}"));
   }
@@ -111,7 +116,8 @@ struct KnownChoices : Lookup {
 
 class Expansion {
  public:
-  Expansion(Repository& repository, const std::vector<Override>& overrides) : repository_(repository) {
+  Expansion(Repository& repository, const std::vector<Override>& overrides)
+      : repository_(repository) {
     for (const auto& override : overrides) {
       if (is_group_override(repository, override)) take(override);
     }
@@ -120,7 +126,8 @@ class Expansion {
   std::vector<DefaultsRow> run(const std::string& primary) {
     std::vector<std::unique_ptr<TreeNode>> roots;
     auto first = std::make_unique<TreeNode>();
-    first->entry.name = primary.ends_with(".yaml") ? primary.substr(0, primary.size() - 5) : primary;
+    first->entry.name =
+        primary.ends_with(".yaml") ? primary.substr(0, primary.size() - 5) : primary;
     first->parent = "<root>";
     roots.push_back(std::move(first));
     for (auto& entry : added_) {
@@ -147,12 +154,13 @@ class Expansion {
     std::string key = override.key + (override.has_package ? "@" + override.package : "");
     const Value& value = override.value;
     if (override.action == Override::Action::force_add) {
-      throw UserError(place + "++ does not choose from a group; use " + override.input.substr(2) + " or +" +
-                      override.input.substr(2));
+      throw UserError(place + "++ does not choose from a group; use " + override.input.substr(2) +
+                      " or +" + override.input.substr(2));
     }
     if (override.action == Override::Action::remove) {
       bool no_value = !override.has_value || value.kind == Value::Kind::null;
-      if (!no_value && value.kind != Value::Kind::text) throw UserError(place + "the choice to remove is a name");
+      if (!no_value && value.kind != Value::Kind::text)
+        throw UserError(place + "the choice to remove is a name");
       deletions_.push_back({key, value.text, place, !no_value, false});
       return;
     }
@@ -165,20 +173,25 @@ class Expansion {
       chosen.choices.push_back(item.text);
     }
     if (!good) {
-      throw UserError(place + "the choice from the group " + override.key + " is a name or a list of names; known: " +
-                      join(repository_.choices(override.key), ", "));
+      throw UserError(
+          place + "the choice from the group " + override.key +
+          " is a name or a list of names; known: " + join(repository_.choices(override.key), ", "));
     }
     if (override.action == Override::Action::change) {
       overrides_[key] = chosen;
       return;
     }
-    DefaultsEntry entry{.kind = DefaultsEntry::Kind::group, .name = override.key, .choices = chosen.choices,
-                        .is_list = chosen.is_list, .origin = override.origin()};
+    DefaultsEntry entry{.kind = DefaultsEntry::Kind::group,
+                        .name = override.key,
+                        .choices = chosen.choices,
+                        .is_list = chosen.is_list,
+                        .origin = override.origin()};
     if (override.has_package) entry.package = override.package;
     added_.push_back(entry);
   }
 
-  /// Fills node.files; children in reverse, so that the overrides of a later file reach earlier groups.
+  /// Fills node.files; children in reverse, so that the overrides of a later file reach earlier
+  /// groups.
   void expand(TreeNode& node, int depth, bool interpolated) {
     if (depth > kMaximumDepth) fail(node, "the defaults lists include each other without end");
     DefaultsEntry& entry = node.entry;
@@ -187,8 +200,8 @@ class Expansion {
       apply_group_override(node);
       if (node.skipped || entry.is_null) return;
       if (entry.is_missing) {
-        fail(node, "the group " + entry.name + " has no choice yet; give one: " + node.override_key() + "=" +
-                       join(repository_.choices(node.path()), "|"));
+        fail(node, "the group " + entry.name + " has no choice yet; give one: " +
+                       node.override_key() + "=" + join(repository_.choices(node.path()), "|"));
       }
       bool waits = std::any_of(entry.choices.begin(), entry.choices.end(), is_interpolated);
       if (!waits && !entry.is_list) known_.choices[node.override_key()] = entry.choices[0];
@@ -221,8 +234,7 @@ class Expansion {
     std::string key = node.override_key();
     DefaultsEntry& entry = node.entry;
     auto found = overrides_.find(key);
-    bool is_added = node.parent == "<root>";
-    if (found != overrides_.end() && !is_added) {
+    if (found != overrides_.end()) {
       GroupOverride& override = found->second;
       override.used = true;
       entry.choices = override.choices;
@@ -231,8 +243,9 @@ class Expansion {
       entry.is_missing = false;
     }
     for (auto& deletion : deletions_) {
-      if (deletion.key != key || entry.is_list || is_added) continue;
-      if (deletion.has_value && (entry.choices.empty() || entry.choices[0] != deletion.value)) continue;
+      if (deletion.key != key || entry.is_list) continue;
+      if (deletion.has_value && (entry.choices.empty() || entry.choices[0] != deletion.value))
+        continue;
       deletion.used = true;
       node.skipped = true;
     }
@@ -255,7 +268,9 @@ class Expansion {
       TreeNode::File loaded{.config = path, .package = "", .file = file, .children = {}};
       bool by_header = !entry.package && file->package;
       bool primary = node.parent == "<root>" && entry.kind == DefaultsEntry::Kind::config;
-      loaded.package = by_header ? header_package(*file->package) : primary ? dotted(directory_of(path)) : node.package();
+      loaded.package = by_header ? header_package(*file->package)
+                       : primary ? dotted(directory_of(path))
+                                 : node.package();
       node.files.push_back(std::move(loaded));
     }
     // In reverse as well: the overrides of a later choice come first.
@@ -274,33 +289,46 @@ class Expansion {
       child->parent = file.config;
       if (entry.override) {
         if (interpolated) {
-          fail(*child, "override is not allowed in a file that an interpolation chose; give it on the command line: " +
-                           child->override_key() + "=" + join(entry.choices, ","));
+          fail(*child,
+               "override is not allowed in a file that an interpolation chose; give it on the "
+               "command line: " +
+                   child->override_key() + "=" + join(entry.choices, ","));
         }
-        GroupOverride override{.choices = entry.choices, .is_list = entry.is_list, .is_null = entry.is_null,
-                               .external = false, .source = entry.origin.describe() + ": ", .input = ""};
-        overrides_.try_emplace(child->override_key(), override);  // the first, from nearer the root, wins
+        GroupOverride override{.choices = entry.choices,
+                               .is_list = entry.is_list,
+                               .is_null = entry.is_null,
+                               .external = false,
+                               .source = entry.origin.describe() + ": ",
+                               .input = ""};
+        overrides_.try_emplace(child->override_key(),
+                               override);  // the first, from nearer the root, wins
         continue;
       }
       if (entry.kind == DefaultsEntry::Kind::group) {
         std::string key = child->override_key();
         if (std::find(keys.begin(), keys.end(), key) != keys.end()) {
-          fail(*child, "the group " + key + " stands twice in this list; to replace a choice made elsewhere: - override " +
-                           key + ": " + join(entry.choices, ","));
+          fail(*child,
+               "the group " + key +
+                   " stands twice in this list; to replace a choice made elsewhere: - override " +
+                   key + ": " + join(entry.choices, ","));
         }
         keys.push_back(key);
       }
       file.children.push_back(std::move(child));
     }
     for (auto child = file.children.rbegin(); child != file.children.rend(); ++child) {
-      if ((*child)->entry.kind != DefaultsEntry::Kind::self) expand(**child, depth + 1, interpolated);
+      if ((*child)->entry.kind != DefaultsEntry::Kind::self)
+        expand(**child, depth + 1, interpolated);
     }
   }
 
   void flatten(const TreeNode& node, std::vector<DefaultsRow>& rows) {
-    if (node.entry.kind == DefaultsEntry::Kind::group && !node.files.empty() && !final_keys_.insert(node.override_key()).second) {
-      fail(node, "the group " + node.override_key() + " appears more than once in the final defaults list; to replace the "
-                 "first choice: " + node.override_key() + "=" + join(node.entry.choices, ","));
+    if (node.entry.kind == DefaultsEntry::Kind::group && !node.files.empty() &&
+        !final_keys_.insert(node.override_key()).second) {
+      fail(node, "the group " + node.override_key() +
+                     " appears more than once in the final defaults list; to replace the "
+                     "first choice: " +
+                     node.override_key() + "=" + join(node.entry.choices, ","));
     }
     for (const auto& file : node.files) {
       DefaultsRow self{file.config, file.package, node.parent, !file.children.empty(), file.file};
@@ -318,12 +346,14 @@ class Expansion {
   void refuse_unused() const {
     for (const auto& [key, override] : overrides_) {
       if (override.used) continue;
-      throw UserError(override.source + "no group " + key + " stands in the defaults list" + suggestion(key, known_groups_) +
+      throw UserError(override.source + "no group " + key + " stands in the defaults list" +
+                      suggestion(key, known_groups_) +
                       (override.external ? "; to add it: +" + override.input : ""));
     }
     for (const auto& deletion : deletions_) {
       if (deletion.used) continue;
-      throw UserError(deletion.source + "no group " + deletion.key + (deletion.has_value ? "=" + deletion.value : "") +
+      throw UserError(deletion.source + "no group " + deletion.key +
+                      (deletion.has_value ? "=" + deletion.value : "") +
                       " stands in the defaults list" + suggestion(deletion.key, known_groups_));
     }
   }
@@ -333,9 +363,11 @@ class Expansion {
       throw UserError(repository_.directory().string() + ": there is no configuration " + path +
                       suggestion(path, repository_.choices("")));
     }
-    std::string name = path.substr(node.group().empty() ? 0 : std::min(path.size(), node.group().size() + 1));
+    std::string name =
+        path.substr(node.group().empty() ? 0 : std::min(path.size(), node.group().size() + 1));
     auto override = overrides_.find(node.override_key());
-    bool by_override = node.entry.kind == DefaultsEntry::Kind::group && override != overrides_.end();
+    bool by_override =
+        node.entry.kind == DefaultsEntry::Kind::group && override != overrides_.end();
     std::string message = "there is no " + path + ".yaml in " + repository_.directory().string() +
                           suggestion(name, repository_.choices(node.group()));
     if (by_override) throw UserError(override->second.source + message);

@@ -16,8 +16,9 @@ struct DefaultsRow {
   const ConfigFile* file = nullptr;
 };
 
-/// The files of `primary` with the group overrides among `overrides` applied. Throws UserError for a
-/// missing file, an override that matches nothing, a group that appears twice, an endless nesting.
+/// The files of `primary` with the group overrides among `overrides` applied. Throws UserError for
+/// a missing file, an override that matches nothing, a group that appears twice, an endless
+/// nesting.
 std::vector<DefaultsRow> expand_defaults(Repository& repository, const std::string& primary,
                                          const std::vector<Override>& overrides);
 

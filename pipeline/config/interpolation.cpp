@@ -13,7 +13,7 @@ constexpr int kMaximumDepth = 64;
 /// Parts of a string: literal text and values of interpolations.
 struct Pieces {
   std::string text;
-  NodePtr only;        ///< the value, while the string is one interpolation and nothing else
+  NodePtr only;  ///< the value, while the string is one interpolation and nothing else
   bool literal = false, mixed = false;
 
   void add(char c) {
@@ -68,9 +68,13 @@ class Parser {
     throw UserError("\"" + text_.substr(0, 200) + "\" is not a valid interpolation: " + message);
   }
 
-  char peek(size_t ahead = 0) const { return at_ + ahead < text_.size() ? text_[at_ + ahead] : '\0'; }
+  char peek(size_t ahead = 0) const {
+    return at_ + ahead < text_.size() ? text_[at_ + ahead] : '\0';
+  }
   bool ended() const { return at_ >= text_.size(); }
-  bool starts(const char* token) const { return text_.compare(at_, std::char_traits<char>::length(token), token) == 0; }
+  bool starts(const char* token) const {
+    return text_.compare(at_, std::char_traits<char>::length(token), token) == 0;
+  }
   void skip_space() {
     while (!ended() && (peek() == ' ' || peek() == '\t' || peek() == '\n' || peek() == '\r')) ++at_;
   }
@@ -82,7 +86,8 @@ class Parser {
     ++at_;
   }
 
-  /// Text with interpolations up to `quote` (or the end): backslashes count only before a quote or `${`.
+  /// Text with interpolations up to `quote` (or the end): backslashes count only before a quote or
+  /// `${`.
   Pieces string_until(char quote) {
     Pieces pieces;
     while (!ended()) {
@@ -147,8 +152,11 @@ class Parser {
     if (starts("${")) return python_text(*interpolation());
     static const std::string stops = "\\{}()[]:. \t\n\r'\"";
     std::string name;
-    while (!ended() && stops.find(peek()) == std::string::npos && !starts("${")) name += text_[at_++];
-    if (name.empty()) fail(ended() ? "it is not closed" : "a key is missing before \"" + text_.substr(at_, 20) + "\"");
+    while (!ended() && stops.find(peek()) == std::string::npos && !starts("${"))
+      name += text_[at_++];
+    if (name.empty())
+      fail(ended() ? "it is not closed"
+                   : "a key is missing before \"" + text_.substr(at_, 20) + "\"");
     if (!is_identifier(name)) can_name_resolver = false;
     return name;
   }
@@ -246,7 +254,8 @@ class Parser {
         flush();
         pieces.add(interpolation());
         continue;
-      } else if (c == '\\' && peek(1) != '\0' && std::string("\\()[]{}:=, \t").find(peek(1)) != std::string::npos) {
+      } else if (c == '\\' && peek(1) != '\0' &&
+                 std::string("\\()[]{}:=, \t").find(peek(1)) != std::string::npos) {
         flush();
         pieces.add(peek(1));
         escaped = true;
@@ -261,7 +270,8 @@ class Parser {
       ++at_;
     }
     if (at_ == start) {
-      fail(ended() ? "it is not closed" : "unexpected \"" + text_.substr(at_, 20) + "\"; quote the value");
+      fail(ended() ? "it is not closed"
+                   : "unexpected \"" + text_.substr(at_, 20) + "\"; quote the value");
     }
     if (pieces.only) return pieces.only;
     if (!pieces.mixed && !escaped) {

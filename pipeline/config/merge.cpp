@@ -26,7 +26,7 @@ NodePtr container_behind(const NodePtr& root, const NodePtr& node) {
 }
 
 struct Merger {
-  NodePtr root;         ///< interpolations of the target are looked up here
+  NodePtr root;             ///< interpolations of the target are looked up here
   bool only_known = false;  ///< OmegaConf's struct mode: a key that is not there is refused
   std::string hint;
 
@@ -38,7 +38,8 @@ struct Merger {
         if (only_known) {
           std::vector<std::string> known;
           for (const auto& entry : target->entries) known.push_back(entry.first.text);
-          throw UserError(value->origin.describe() + ": there is no key " + name + suggestion(key.text, known) + hint);
+          throw UserError(value->origin.describe() + ": there is no key " + name +
+                          suggestion(key.text, known) + hint);
         }
         target->set(key, copy(*value));
         continue;
@@ -81,7 +82,8 @@ NodePtr* list_item(Node& list, const std::string& index) {
 
 [[noreturn]] void no_such_key(const Override& override, const Node& root) {
   throw UserError(override.origin().describe() + ": there is no key " + override.key +
-                  suggestion(override.key, all_paths(root)) + "; to add a new one: +" + override.input);
+                  suggestion(override.key, all_paths(root)) + "; to add a new one: +" +
+                  override.input);
 }
 
 [[noreturn]] void no_such_item(const Override& override, const std::string& part) {
@@ -120,12 +122,14 @@ void update(const NodePtr& root, const Override& override, const NodePtr& value,
     }
     node = next;
   }
-  Merger merger{.root = root, .only_known = !adding, .hint = "; to add new keys: +" + override.input};
+  Merger merger{
+      .root = root, .only_known = !adding, .hint = "; to add new keys: +" + override.input};
   const std::string& last = path.back();
   if (node->kind == Kind::list) {
     NodePtr* item = list_item(*node, last);
     if (!item) no_such_item(override, last);
-    *item = (*item)->kind == Kind::interpolation ? copy(*value) : merger.merged(*item, *value, override.key);
+    *item = (*item)->kind == Kind::interpolation ? copy(*value)
+                                                 : merger.merged(*item, *value, override.key);
     return;
   }
   NodePtr old = node->find(last);
@@ -142,13 +146,15 @@ void remove(const NodePtr& root, const Override& override, const NodePtr& value)
                     suggestion(override.key, all_paths(*root)));
   }
   if (value->kind != Kind::null && !equal_values(*found, *value)) {
-    throw UserError(place + "the value of " + override.key + " is " + describe_value(*found) + ", not " +
-                    describe_value(*value));
+    throw UserError(place + "the value of " + override.key + " is " + describe_value(*found) +
+                    ", not " + describe_value(*value));
   }
   size_t dot = override.key.rfind('.');
-  NodePtr parent = dot == std::string::npos ? root : select_or_null(root, override.key.substr(0, dot));
+  NodePtr parent =
+      dot == std::string::npos ? root : select_or_null(root, override.key.substr(0, dot));
   std::string last = dot == std::string::npos ? override.key : override.key.substr(dot + 1);
-  if (!parent || parent->kind != Kind::mapping) throw UserError(place + "an item of a list cannot be removed; give the whole list");
+  if (!parent || parent->kind != Kind::mapping)
+    throw UserError(place + "an item of a list cannot be removed; give the whole list");
   parent->erase(Key{last});
 }
 
@@ -174,14 +180,16 @@ void merge(const NodePtr& target, const Node& source) {
 
 void merge_package(const NodePtr& root, const NodePtr& content, const std::string& package) {
   NodePtr wrapped = content;
-  std::vector<std::string> parts = package.empty() ? std::vector<std::string>{} : override_path(package);
+  std::vector<std::string> parts =
+      package.empty() ? std::vector<std::string>{} : override_path(package);
   for (auto part = parts.rbegin(); part != parts.rend(); ++part) {
     NodePtr outer = make_node(Kind::mapping, content->origin);
     outer->set(Key{*part}, wrapped);
     wrapped = outer;
   }
   if (wrapped->kind != Kind::mapping) {
-    throw UserError(wrapped->origin.describe() + ": a configuration without a package is a mapping, found a list");
+    throw UserError(wrapped->origin.describe() +
+                    ": a configuration without a package is a mapping, found a list");
   }
   merge(root, *wrapped);
 }
@@ -213,8 +221,8 @@ void apply_override(const NodePtr& root, const Override& override) {
   if (override.action == Override::Action::add && !value->is_container()) {
     NodePtr old = select_or_null(root, override.key);
     if (old && old->kind != Kind::null && old->kind != Kind::missing) {
-      throw UserError(place + "there is already a value at " + override.key + "; to change it: " +
-                      override.input.substr(1));
+      throw UserError(place + "there is already a value at " + override.key +
+                      "; to change it: " + override.input.substr(1));
     }
   }
   update(root, override, value, override.action != Override::Action::change);

@@ -108,9 +108,8 @@ bool equal_values(const Node& a, const Node& b) {
   if (a.kind != b.kind) return false;
   switch (a.kind) {
     case Kind::list:
-      return std::equal(
-          a.items.begin(), a.items.end(), b.items.begin(), b.items.end(),
-          [](const NodePtr& x, const NodePtr& y) { return equal_values(*x, *y); });
+      return std::equal(a.items.begin(), a.items.end(), b.items.begin(), b.items.end(),
+                        [](const NodePtr& x, const NodePtr& y) { return equal_values(*x, *y); });
     case Kind::mapping:
       return a.entries.size() == b.entries.size() &&
              std::all_of(a.entries.begin(), a.entries.end(), [&](const auto& entry) {
@@ -130,7 +129,8 @@ std::string python_float(double value) {
   if (std::isinf(value)) return value < 0 ? "-inf" : "inf";
   if (value == 0) return std::signbit(value) ? "-0.0" : "0.0";
   char buffer[64];
-  auto scientific = std::to_chars(buffer, buffer + sizeof buffer, value, std::chars_format::scientific);
+  auto scientific =
+      std::to_chars(buffer, buffer + sizeof buffer, value, std::chars_format::scientific);
   std::string text(buffer, scientific.ptr);
   int exponent = std::atoi(text.substr(text.find('e') + 1).c_str());
   if (exponent < -4 || exponent >= 16) return text;  // to_chars writes e-05 and e+16 as Python does
@@ -168,13 +168,18 @@ std::string python_repr(const Node& node) {
 
 std::string python_text(const Node& node) {
   switch (node.kind) {
-    case Kind::null: return "None";
-    case Kind::boolean: return node.boolean ? "True" : "False";
-    case Kind::integer: return std::to_string(node.integer);
-    case Kind::real: return python_float(node.real);
+    case Kind::null:
+      return "None";
+    case Kind::boolean:
+      return node.boolean ? "True" : "False";
+    case Kind::integer:
+      return std::to_string(node.integer);
+    case Kind::real:
+      return python_float(node.real);
     case Kind::missing:
     case Kind::text:
-    case Kind::interpolation: return node.text;
+    case Kind::interpolation:
+      return node.text;
     case Kind::list: {
       std::string result = "[";
       for (const auto& item : node.items) {
@@ -187,7 +192,7 @@ std::string python_text(const Node& node) {
       std::string result = "{";
       for (const auto& [key, value] : node.entries) {
         if (result.size() > 1) result += ", ";
-        result += key.kind == Kind::text ? python_repr(*make_plain_text(key.text))
+        result += key.kind == Kind::text      ? python_repr(*make_plain_text(key.text))
                   : key.kind == Kind::boolean ? (key.text == "true" ? "True" : "False")
                                               : key.text;
         result += ": " + python_repr(*value);
@@ -200,28 +205,44 @@ std::string python_text(const Node& node) {
 
 std::string describe_value(const Node& node) {
   switch (node.kind) {
-    case Kind::null: return "null";
-    case Kind::missing: return "???";
-    case Kind::boolean: return node.boolean ? "true" : "false";
+    case Kind::null:
+      return "null";
+    case Kind::missing:
+      return "???";
+    case Kind::boolean:
+      return node.boolean ? "true" : "false";
     case Kind::text:
-    case Kind::interpolation: return "\"" + node.text + "\"";
-    case Kind::list: return "a list";
-    case Kind::mapping: return "a mapping";
-    default: return python_text(node);
+    case Kind::interpolation:
+      return "\"" + node.text + "\"";
+    case Kind::list:
+      return "a list";
+    case Kind::mapping:
+      return "a mapping";
+    default:
+      return python_text(node);
   }
 }
 
 const char* kind_name(Kind kind) {
   switch (kind) {
-    case Kind::null: return "null";
-    case Kind::missing: return "missing";
-    case Kind::boolean: return "boolean";
-    case Kind::integer: return "integer";
-    case Kind::real: return "number";
-    case Kind::text: return "string";
-    case Kind::interpolation: return "interpolation";
-    case Kind::list: return "list";
-    case Kind::mapping: return "mapping";
+    case Kind::null:
+      return "null";
+    case Kind::missing:
+      return "missing";
+    case Kind::boolean:
+      return "boolean";
+    case Kind::integer:
+      return "integer";
+    case Kind::real:
+      return "number";
+    case Kind::text:
+      return "string";
+    case Kind::interpolation:
+      return "interpolation";
+    case Kind::list:
+      return "list";
+    case Kind::mapping:
+      return "mapping";
   }
   return "";
 }

@@ -36,17 +36,22 @@ class ValueParser {
     ValueParser& parser;
   };
 
-  [[noreturn]] void fail(const std::string& message) const { throw UserError(message + "; quote a text that holds such signs: key='...'"); }
+  [[noreturn]] void fail(const std::string& message) const {
+    throw UserError(message + "; quote a text that holds such signs: key='...'");
+  }
   std::string rest() const { return text_.substr(at_, 30); }
   bool ended() const { return at_ >= text_.size(); }
-  char peek(size_t ahead = 0) const { return at_ + ahead < text_.size() ? text_[at_ + ahead] : '\0'; }
+  char peek(size_t ahead = 0) const {
+    return at_ + ahead < text_.size() ? text_[at_ + ahead] : '\0';
+  }
   void skip_space() {
     while (peek() == ' ' || peek() == '\t') ++at_;
   }
   void expect(char c) {
     skip_space();
     if (peek() != c) {
-      fail(std::string("expected '") + c + (ended() ? "' at the end" : "' before \"" + rest() + "\""));
+      fail(std::string("expected '") + c +
+           (ended() ? "' at the end" : "' before \"" + rest() + "\""));
     }
     ++at_;
   }
@@ -90,9 +95,11 @@ class ValueParser {
     if (c == '[') return list();
     if (c == '{') return mapping();
     size_t name_end = at_;
-    while (name_end < text_.size() && is_identifier(text_.substr(at_, name_end - at_ + 1))) ++name_end;
+    while (name_end < text_.size() && is_identifier(text_.substr(at_, name_end - at_ + 1)))
+      ++name_end;
     size_t open = text_.find_first_not_of(" \t", name_end);
-    if (name_end > at_ && open != std::string::npos && text_[open] == '(') return function(name_end, open);
+    if (name_end > at_ && open != std::string::npos && text_[open] == '(')
+      return function(name_end, open);
     return primitive(true);
   }
 
@@ -198,7 +205,8 @@ class ValueParser {
       if (is_value && c == '$' && peek(1) == '{') {
         close = text_.find_first_of("{}", at_ + 2);
         if (close == std::string::npos || text_[close] != '}' || close == at_ + 2) {
-          fail("\"" + rest() + "\" is not a closed interpolation (one inside another must be quoted)");
+          fail("\"" + rest() +
+               "\" is not a closed interpolation (one inside another must be quoted)");
         }
         word += spaces + text_.substr(at_, close - at_ + 1);
         at_ = close + 1;
@@ -215,7 +223,8 @@ class ValueParser {
       }
       spaces.clear();
     }
-    if (at_ == start) fail(ended() ? "a value is missing at the end" : "unexpected \"" + rest() + "\"");
+    if (at_ == start)
+      fail(ended() ? "a value is missing at the end" : "unexpected \"" + rest() + "\"");
     if (!escaped) {
       if (NodePtr typed = grammar_scalar(word)) return typed_value(*typed);
     }
@@ -304,7 +313,8 @@ Override parse_override(const std::string& input) {
   }
   if (equal == std::string::npos) {
     if (result.action != Override::Action::remove) {
-      throw UserError(place + "there is no '='; an override has the form key=value, or ~key to remove");
+      throw UserError(place +
+                      "there is no '='; an override has the form key=value, or ~key to remove");
     }
     return result;
   }
@@ -318,27 +328,39 @@ Override parse_override(const std::string& input) {
 }
 
 std::string Override::prefixed_key() const {
-  const char* prefix = action == Action::add ? "+" : action == Action::force_add ? "++" : action == Action::remove ? "~" : "";
+  const char* prefix = action == Action::add         ? "+"
+                       : action == Action::force_add ? "++"
+                       : action == Action::remove    ? "~"
+                                                     : "";
   return prefix + key + (has_package ? "@" + package : "");
 }
 
 Origin Override::origin() const {
-  return {std::make_shared<const std::string>("command line: " + (input.size() > 200 ? input.substr(0, 200) + "..." : input)), 0};
+  return {std::make_shared<const std::string>(
+              "command line: " + (input.size() > 200 ? input.substr(0, 200) + "..." : input)),
+          0};
 }
 
 bool Value::holds_sweep() const {
   return kind == Kind::sweep ||
-         std::any_of(items.begin(), items.end(), [](const Value& item) { return item.holds_sweep(); }) ||
-         std::any_of(entries.begin(), entries.end(), [](const auto& entry) { return entry.second.holds_sweep(); });
+         std::any_of(items.begin(), items.end(),
+                     [](const Value& item) { return item.holds_sweep(); }) ||
+         std::any_of(entries.begin(), entries.end(),
+                     [](const auto& entry) { return entry.second.holds_sweep(); });
 }
 
 NodePtr Value::node() const {
   switch (kind) {
-    case Kind::null: return make_node(espalier::config::Kind::null);
-    case Kind::boolean: return make_boolean(boolean);
-    case Kind::integer: return make_integer(integer);
-    case Kind::real: return make_real(real);
-    case Kind::text: return make_text(text);
+    case Kind::null:
+      return make_node(espalier::config::Kind::null);
+    case Kind::boolean:
+      return make_boolean(boolean);
+    case Kind::integer:
+      return make_integer(integer);
+    case Kind::real:
+      return make_real(real);
+    case Kind::text:
+      return make_text(text);
     case Kind::list: {
       NodePtr list = make_node(espalier::config::Kind::list);
       for (const auto& item : items) list->items.push_back(item.node());
@@ -350,13 +372,16 @@ NodePtr Value::node() const {
         if (name.kind == Kind::null) throw UserError("null cannot be a key");
         NodePtr key = name.node();
         bool is_text = name.kind == Kind::text;
-        mapping->set({is_text ? name.text : name.kind == Kind::boolean ? (name.boolean ? "true" : "false") : python_text(*key),
+        mapping->set({is_text                      ? name.text
+                      : name.kind == Kind::boolean ? (name.boolean ? "true" : "false")
+                                                   : python_text(*key),
                       is_text ? espalier::config::Kind::text : key->kind},
                      value.node());
       }
       return mapping;
     }
-    case Kind::sweep: break;
+    case Kind::sweep:
+      break;
   }
   throw UserError("a sweep inside a value; sweeps stand alone, and need --multirun");
 }
@@ -387,11 +412,16 @@ std::string in_quotes(const std::string& text, char quote) {
 
 std::string Value::written() const {
   switch (kind) {
-    case Kind::null: return "null";
-    case Kind::boolean: return boolean ? "True" : "False";
-    case Kind::integer: return std::to_string(integer);
-    case Kind::real: return python_float(real);
-    case Kind::text: return quote ? in_quotes(text, quote) : escaped(text);
+    case Kind::null:
+      return "null";
+    case Kind::boolean:
+      return boolean ? "True" : "False";
+    case Kind::integer:
+      return std::to_string(integer);
+    case Kind::real:
+      return python_float(real);
+    case Kind::text:
+      return quote ? in_quotes(text, quote) : escaped(text);
     case Kind::list: {
       std::vector<std::string> parts;
       for (const auto& item : items) parts.push_back(item.written());
@@ -399,10 +429,12 @@ std::string Value::written() const {
     }
     case Kind::mapping: {
       std::vector<std::string> parts;
-      for (const auto& [name, value] : entries) parts.push_back(name.written() + ":" + value.written());
+      for (const auto& [name, value] : entries)
+        parts.push_back(name.written() + ":" + value.written());
       return "{" + join(parts, ",") + "}";
     }
-    case Kind::sweep: break;
+    case Kind::sweep:
+      break;
   }
   throw UserError("a sweep inside a sweep");
 }

@@ -18,8 +18,8 @@ struct Value;
 struct Sweep {
   enum class Kind { choice, range, glob, interval };
   Kind kind = Kind::choice;
-  bool simple = false;  ///< a,b,c without choice()
-  std::vector<Value> values;  ///< the choices; of a range: start, stop, step
+  bool simple = false;                        ///< a,b,c without choice()
+  std::vector<Value> values;                  ///< the choices; of a range: start, stop, step
   std::vector<std::string> include, exclude;  ///< of glob
 };
 

@@ -14,8 +14,8 @@ namespace {
 using VK = Value::Kind;
 constexpr size_t kMaximumRange = 10000;
 
-const std::vector<std::string> kFunctions = {"bool", "choice",   "float",  "glob",    "int", "interval",
-                                             "range", "shuffle", "sort", "str", "tag"};
+const std::vector<std::string> kFunctions = {"bool",  "choice",  "float", "glob", "int", "interval",
+                                             "range", "shuffle", "sort",  "str",  "tag"};
 
 Value make_value(VK kind) {
   Value value;
@@ -45,17 +45,22 @@ Value sweep_value(Sweep::Kind kind, std::vector<Value> values, bool simple) {
 }
 
 bool is_number(const Value& value) { return value.kind == VK::integer || value.kind == VK::real; }
-double number(const Value& value) { return value.kind == VK::integer ? static_cast<double>(value.integer) : value.real; }
+double number(const Value& value) {
+  return value.kind == VK::integer ? static_cast<double>(value.integer) : value.real;
+}
 
 [[noreturn]] void cannot_cast(const Value& value, const std::string& type) {
-  throw UserError((value.kind == VK::sweep ? "a sweep" : value.kind == VK::text ? "\"" + value.text + "\"" : value.written()) +
+  throw UserError((value.kind == VK::sweep  ? "a sweep"
+                   : value.kind == VK::text ? "\"" + value.text + "\""
+                                            : value.written()) +
                   " cannot be cast to " + type);
 }
 
 Value to_integer(const Value& value) {
   if (value.kind == VK::integer) return value;
   if (value.kind == VK::boolean) return integer_value(value.boolean ? 1 : 0);
-  if (value.kind == VK::real && std::abs(value.real) < 9.2e18) return integer_value(static_cast<int64_t>(value.real));
+  if (value.kind == VK::real && std::abs(value.real) < 9.2e18)
+    return integer_value(static_cast<int64_t>(value.real));
   if (value.kind == VK::text) {
     size_t first = value.text.find_first_not_of(" \t");
     if (first != std::string::npos) {
@@ -94,7 +99,8 @@ Value to_text(const Value& value) {
 Value to_boolean(const Value& value) {
   Value result = make_value(VK::boolean);
   std::string lower = value.text;
-  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+  std::transform(lower.begin(), lower.end(), lower.begin(),
+                 [](unsigned char c) { return std::tolower(c); });
   if (value.kind == VK::boolean) {
     result.boolean = value.boolean;
   } else if (is_number(value)) {
@@ -108,7 +114,8 @@ Value to_boolean(const Value& value) {
 }
 
 /// Casts a scalar, the members of a list, the values of a mapping, the choices of a sweep.
-Value cast(const Value& value, const std::string& type, const std::function<Value(const Value&)>& scalar) {
+Value cast(const Value& value, const std::string& type,
+           const std::function<Value(const Value&)>& scalar) {
   Value result = value;
   if (value.kind == VK::sweep) {
     bool is_range = value.sweep->kind == Sweep::Kind::range;
@@ -177,7 +184,8 @@ Value call_range(const Call& call) {
   std::vector<Value> values = {bound[0] ? *bound[0] : integer_value(0), *bound[1],
                                bound[2] ? *bound[2] : integer_value(1)};
   for (const auto& value : values) {
-    if (!is_number(value) || !std::isfinite(number(value))) throw UserError("range() takes numbers");
+    if (!is_number(value) || !std::isfinite(number(value)))
+      throw UserError("range() takes numbers");
   }
   if (number(values[2]) == 0) throw UserError("range(): the step is 0");
   return sweep_value(Sweep::Kind::range, values, false);
@@ -188,7 +196,8 @@ std::vector<std::string> patterns(const Value* value, const std::string& name) {
   if (!value) return result;
   std::vector<Value> items = value->kind == VK::list ? value->items : std::vector{*value};
   for (const auto& item : items) {
-    if (item.kind != VK::text) throw UserError("glob(): " + name + " takes a pattern or a list of patterns");
+    if (item.kind != VK::text)
+      throw UserError("glob(): " + name + " takes a pattern or a list of patterns");
     result.push_back(item.text);
   }
   return result;
@@ -217,22 +226,27 @@ Value call_tag(const Call& call) {
   for (const auto& [name, value] : call.named) {
     if (name == "sweep") last = &value;
   }
-  if (!last || last->kind != VK::sweep) throw UserError("the last argument of tag() is a choice(), range() or interval()");
+  if (!last || last->kind != VK::sweep)
+    throw UserError("the last argument of tag() is a choice(), range() or interval()");
   return *last;
 }
 
 bool less(const Value& a, const Value& b) {
   auto numeric = [](const Value& value) { return is_number(value) || value.kind == VK::boolean; };
-  auto as_number = [](const Value& value) { return value.kind == VK::boolean ? double(value.boolean) : number(value); };
+  auto as_number = [](const Value& value) {
+    return value.kind == VK::boolean ? double(value.boolean) : number(value);
+  };
   if (numeric(a) && numeric(b)) return as_number(a) < as_number(b);
   if (a.kind == VK::text && b.kind == VK::text) return a.text < b.text;
-  throw UserError("sort() compares numbers with numbers and texts with texts, found " + a.written() + " and " + b.written());
+  throw UserError("sort() compares numbers with numbers and texts with texts, found " +
+                  a.written() + " and " + b.written());
 }
 
 std::vector<Value> sorted(std::vector<Value> values, bool reverse) {
   for (size_t i = 1; i < values.size(); ++i) less(values[0], values[i]);  // refuses a mixture first
-  std::stable_sort(values.begin(), values.end(),
-                   [&](const Value& a, const Value& b) { return reverse ? less(b, a) : less(a, b); });
+  std::stable_sort(values.begin(), values.end(), [&](const Value& a, const Value& b) {
+    return reverse ? less(b, a) : less(a, b);
+  });
   return values;
 }
 
@@ -247,7 +261,8 @@ std::vector<Value> shuffled(std::vector<Value> values) {
 }
 
 /// sort and shuffle: of a list a list, of a sweep a sweep, of several arguments a sweep.
-Value reorder(const Call& call, const std::function<std::vector<Value>(std::vector<Value>)>& order) {
+Value reorder(const Call& call,
+              const std::function<std::vector<Value>(std::vector<Value>)>& order) {
   if (call.positional.empty()) throw UserError(call.name + "() takes values");
   if (call.positional.size() > 1) {
     return sweep_value(Sweep::Kind::choice, order(call.positional), true);
@@ -274,10 +289,12 @@ Value call_sort(const Call& call) {
       throw UserError("sort() takes values and reverse=true|false, found " + name);
     }
   }
-  if (!rest.positional.empty() && rest.positional[0].kind == VK::list && rest.positional.size() > 1) {
+  if (!rest.positional.empty() && rest.positional[0].kind == VK::list &&
+      rest.positional.size() > 1) {
     throw UserError("sort() takes one list, or several values");
   }
-  return reorder(rest, [&](std::vector<Value> values) { return sorted(std::move(values), reverse); });
+  return reorder(rest,
+                 [&](std::vector<Value> values) { return sorted(std::move(values), reverse); });
 }
 
 Value call_shuffle(const Call& call) {
@@ -294,24 +311,30 @@ std::vector<Value> sweep_members(const Sweep& sweep) {
   if (sweep.kind == Sweep::Kind::interval) {
     throw UserError("interval() has no members to try one by one; use range() or choice()");
   }
-  if (sweep.kind == Sweep::Kind::glob) throw UserError("glob() takes its members from a group: group=glob(*)");
+  if (sweep.kind == Sweep::Kind::glob)
+    throw UserError("glob() takes its members from a group: group=glob(*)");
   const Value &start = sweep.values[0], &stop = sweep.values[1], &step = sweep.values[2];
   bool integral = std::all_of(sweep.values.begin(), sweep.values.end(),
                               [](const Value& value) { return value.kind == VK::integer; });
   // Quadruple precision keeps the sum's rounding out of the members, as decimal arithmetic would.
-  __float128 at = integral ? static_cast<__float128>(start.integer) : static_cast<__float128>(number(start));
-  __float128 end = integral ? static_cast<__float128>(stop.integer) : static_cast<__float128>(number(stop));
-  __float128 by = integral ? static_cast<__float128>(step.integer) : static_cast<__float128>(number(step));
+  __float128 at =
+      integral ? static_cast<__float128>(start.integer) : static_cast<__float128>(number(start));
+  __float128 end =
+      integral ? static_cast<__float128>(stop.integer) : static_cast<__float128>(number(stop));
+  __float128 by =
+      integral ? static_cast<__float128>(step.integer) : static_cast<__float128>(number(step));
   std::vector<Value> members;
   for (; by > 0 ? at < end : at > end; at += by) {
     if (members.size() == kMaximumRange) throw UserError("range() has more than 10000 members");
-    members.push_back(integral ? integer_value(static_cast<int64_t>(at)) : real_value(static_cast<double>(at)));
+    members.push_back(integral ? integer_value(static_cast<int64_t>(at))
+                               : real_value(static_cast<double>(at)));
   }
   return members;
 }
 
 Value call_function(const Call& call) {
-  if (call.name == "int" || call.name == "float" || call.name == "str" || call.name == "bool") return call_cast(call);
+  if (call.name == "int" || call.name == "float" || call.name == "str" || call.name == "bool")
+    return call_cast(call);
   if (call.name == "choice") return call_choice(call);
   if (call.name == "range") return call_range(call);
   if (call.name == "glob") return call_glob(call);

@@ -15,9 +15,9 @@ struct Call {
   std::vector<std::pair<std::string, Value>> named;
 };
 
-/// int float str bool choice range interval glob sort shuffle tag; anything else is a UserError that
-/// lists them. A range of more than 10000 values is an error. shuffle's order is the same in every
-/// run (Hydra's is not), so that a sweep can be resumed.
+/// int float str bool choice range interval glob sort shuffle tag; anything else is a UserError
+/// that lists them. A range of more than 10000 values is an error. shuffle's order is the same in
+/// every run (Hydra's is not), so that a sweep can be resumed.
 Value call_function(const Call& call);
 
 /// The members of a choice or a range; of others a UserError.

@@ -26,7 +26,9 @@ void split_name(const std::string& written, DefaultsEntry& entry) {
   }
 }
 
-bool is_text(const Node& node) { return node.kind == Kind::text || node.kind == Kind::interpolation; }
+bool is_text(const Node& node) {
+  return node.kind == Kind::text || node.kind == Kind::interpolation;
+}
 
 void read_choices(const Node& value, DefaultsEntry& entry) {
   if (is_text(value)) {
@@ -38,7 +40,8 @@ void read_choices(const Node& value, DefaultsEntry& entry) {
   } else if (value.kind == Kind::list) {
     entry.is_list = true;
     for (const auto& item : value.items) {
-      if (!is_text(*item)) fail(item->origin, "a choice in a list is a text, found " + describe_value(*item));
+      if (!is_text(*item))
+        fail(item->origin, "a choice in a list is a text, found " + describe_value(*item));
       entry.choices.push_back(item->text);
     }
   } else {
@@ -88,13 +91,16 @@ std::vector<DefaultsEntry> read_defaults(const Node& list) {
   for (const auto& item : list.items) {
     DefaultsEntry entry = read_entry(*item);
     if (entry.name == "hydra" || entry.name.starts_with("hydra/")) {
-      fail(entry.origin, "the group hydra configures Hydra itself, which espalier does not use; remove this line");
+      fail(
+          entry.origin,
+          "the group hydra configures Hydra itself, which espalier does not use; remove this line");
     }
     bool is_self = entry.kind == DefaultsEntry::Kind::self;
     if (is_self && has_self) fail(entry.origin, "_self_ stands twice in this defaults list");
     has_self |= is_self;
     if (first_override && !entry.override && !is_self) {
-      fail(first_override->origin, "override " + first_override->name + " stands before " + entry.name +
+      fail(first_override->origin, "override " + first_override->name + " stands before " +
+                                       entry.name +
                                        "; overrides stand at the end of the defaults list");
     }
     entries.push_back(std::move(entry));
@@ -114,7 +120,8 @@ std::vector<DefaultsEntry> read_defaults(const Node& list) {
 
 Repository::Repository(std::filesystem::path directory) : directory_(std::move(directory)) {
   if (!std::filesystem::is_directory(directory_)) {
-    throw UserError(directory_.string() + ": no such directory; name the one with the configurations: --config-dir DIR");
+    throw UserError(directory_.string() +
+                    ": no such directory; name the one with the configurations: --config-dir DIR");
   }
 }
 
@@ -125,7 +132,8 @@ const ConfigFile* Repository::load(const std::string& path) {
   bool has_name = !path.empty() && !path.ends_with("/");
   std::error_code error;
   if (!has_name || !std::filesystem::is_regular_file(file, error)) return nullptr;
-  if (files_.size() >= kMaximumFiles) throw UserError(file.string() + ": more than 1000 files in one configuration");
+  if (files_.size() >= kMaximumFiles)
+    throw UserError(file.string() + ": more than 1000 files in one configuration");
   YamlFile yaml = read_yaml_file(file);
   ConfigFile config{.content = yaml.root, .package = yaml.package, .defaults = {}};
   if (NodePtr defaults = yaml.root->find("defaults")) {
@@ -144,7 +152,8 @@ std::vector<std::string> Repository::choices(const std::string& group) const {
   std::vector<std::string> names;
   std::error_code error;
   for (const auto& item : std::filesystem::directory_iterator(directory_ / group, error)) {
-    if (item.path().extension() == ".yaml" && item.is_regular_file(error)) names.push_back(item.path().stem().string());
+    if (item.path().extension() == ".yaml" && item.is_regular_file(error))
+      names.push_back(item.path().stem().string());
   }
   std::sort(names.begin(), names.end());
   return names;

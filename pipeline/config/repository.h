@@ -15,8 +15,8 @@ namespace espalier::config {
 struct DefaultsEntry {
   enum class Kind { self, config, group };
   Kind kind = Kind::config;
-  std::string name = {};             ///< of a config: its path; of a group: the group, both as written
-  bool absolute = false;             ///< written with a leading '/'
+  std::string name = {};  ///< of a config: its path; of a group: the group, both as written
+  bool absolute = false;  ///< written with a leading '/'
   std::vector<std::string> choices = {};  ///< of a group
   bool is_list = false, is_null = false, is_missing = false;
   std::optional<std::string> package = {};  ///< after '@'

@@ -15,8 +15,9 @@ constexpr size_t kMaximumChain = 64;
 constexpr size_t kMaximumValues = 200000;
 constexpr size_t kMaximumBytes = 16 << 20;
 
-const std::vector<std::string> kResolvers = {"oc.env",        "oc.decode",    "oc.select",     "oc.create",
-                                             "oc.deprecated", "oc.dict.keys", "oc.dict.values"};
+const std::vector<std::string> kResolvers = {"oc.env",        "oc.decode",     "oc.select",
+                                             "oc.create",     "oc.deprecated", "oc.dict.keys",
+                                             "oc.dict.values"};
 
 std::string dotted(int dots, const std::vector<std::string>& path) {
   return std::string(static_cast<size_t>(dots), '.') + join(path, ".");
@@ -47,7 +48,8 @@ std::vector<std::string> split_path(const std::string& path) {
   return parts;
 }
 
-Resolver::Resolver(NodePtr root, bool keep_missing) : root_(std::move(root)), keep_missing_(keep_missing) {
+Resolver::Resolver(NodePtr root, bool keep_missing)
+    : root_(std::move(root)), keep_missing_(keep_missing) {
   adopt(root_, nullptr);
 }
 
@@ -77,7 +79,8 @@ NodePtr Resolver::dereference(const NodePtr& node) {
   if (std::find(evaluating_.begin(), evaluating_.end(), node) != evaluating_.end()) {
     fail("the interpolation refers to itself");
   }
-  if (evaluating_.size() >= kMaximumChain) fail("more than 64 interpolations refer to each other in a row");
+  if (evaluating_.size() >= kMaximumChain)
+    fail("more than 64 interpolations refer to each other in a row");
   evaluating_.push_back(node);
   Restore restore{evaluating_};
   NodePtr value;
@@ -100,7 +103,8 @@ NodePtr Resolver::dereference(const NodePtr& node) {
 
 NodePtr Resolver::resolved(const NodePtr& node) {
   NodePtr value = dereference(node);
-  if (!open_containers_.insert(value.get()).second) fail("a container contains itself through an interpolation");
+  if (!open_containers_.insert(value.get()).second)
+    fail("a container contains itself through an interpolation");
   if (open_containers_.size() > 200) fail("nested deeper than 200 levels");
   auto result = std::make_shared<Node>(*value);
   if (node->kind == Kind::interpolation) result->origin = node->origin;
@@ -120,7 +124,8 @@ NodePtr Resolver::start_of(int dots) const {
   return NodePtr(NodePtr{}, start);  // owned by the tree
 }
 
-/// The node at the path, interpolations on the way dereferenced; nullptr and why when there is none.
+/// The node at the path, interpolations on the way dereferenced; nullptr and why when there is
+/// none.
 NodePtr Resolver::walk(int dots, const std::vector<std::string>& path, std::string& problem) {
   NodePtr node = start_of(dots);
   if (!node) {
@@ -167,8 +172,9 @@ NodePtr Resolver::key(int dots, const std::vector<std::string>& path) {
   if (!node) fail(problem);
   if (node->kind == Kind::missing) {
     if (keep_missing_) throw MeetsMissing{dotted(dots, path)};
-    fail("it refers to " + dotted(dots, path) + ", which is mandatory (\?\?\?) and not set; set it, for example " +
-         join(path, ".") + "=VALUE on the command line");
+    fail("it refers to " + dotted(dots, path) +
+         ", which is mandatory (\?\?\?) and not set; set it, for example " + join(path, ".") +
+         "=VALUE on the command line");
   }
   return node;
 }
@@ -181,16 +187,19 @@ NodePtr Resolver::select_text(const std::string& text) {
 }
 
 NodePtr Resolver::oc_select(const std::vector<NodePtr>& arguments) {
-  if (arguments.empty() || arguments.size() > 2) fail("oc.select takes a key and an optional default");
+  if (arguments.empty() || arguments.size() > 2)
+    fail("oc.select takes a key and an optional default");
   NodePtr node = select_text(python_text(*arguments[0]));
   if (node && node->kind != Kind::missing) return node;
   return arguments.size() == 2 ? arguments[1] : make_node(Kind::null);
 }
 
 NodePtr Resolver::oc_dict(const std::string& name, const std::vector<NodePtr>& arguments) {
-  if (arguments.size() != 1 || arguments[0]->kind != Kind::text) fail(name + " takes the key of a mapping");
+  if (arguments.size() != 1 || arguments[0]->kind != Kind::text)
+    fail(name + " takes the key of a mapping");
   NodePtr node = select_text(arguments[0]->text);
-  if (!node || node->kind != Kind::mapping) fail(name + ": " + arguments[0]->text + " is not a mapping");
+  if (!node || node->kind != Kind::mapping)
+    fail(name + ": " + arguments[0]->text + " is not a mapping");
   NodePtr list = make_node(Kind::list);
   for (const auto& [key, value] : node->entries) {
     list->items.push_back(name == "oc.dict.keys" ? make_plain_text(key.text) : resolved(value));
@@ -199,14 +208,16 @@ NodePtr Resolver::oc_dict(const std::string& name, const std::vector<NodePtr>& a
 }
 
 NodePtr Resolver::oc_env(const std::vector<NodePtr>& arguments) {
-  if (arguments.empty() || arguments.size() > 2) fail("oc.env takes a name and an optional default");
+  if (arguments.empty() || arguments.size() > 2)
+    fail("oc.env takes a name and an optional default");
   std::string name = python_text(*arguments[0]);
   if (const char* value = std::getenv(name.c_str())) return make_plain_text(value);
   if (arguments.size() == 1) {
-    fail("the environment variable " + name + " is not set; set it or give a default: ${oc.env:" + name +
-         ",DEFAULT}");
+    fail("the environment variable " + name +
+         " is not set; set it or give a default: ${oc.env:" + name + ",DEFAULT}");
   }
-  return arguments[1]->kind == Kind::null ? arguments[1] : make_plain_text(python_text(*arguments[1]));
+  return arguments[1]->kind == Kind::null ? arguments[1]
+                                          : make_plain_text(python_text(*arguments[1]));
 }
 
 NodePtr Resolver::resolver(const std::string& name, const std::vector<NodePtr>& arguments,
@@ -217,23 +228,27 @@ NodePtr Resolver::resolver(const std::string& name, const std::vector<NodePtr>& 
   if (name == "oc.decode") {
     if (arguments.size() != 1) fail("oc.decode takes one text");
     if (arguments[0]->kind == Kind::null) return arguments[0];
-    if (arguments[0]->kind != Kind::text) fail("oc.decode takes a text, found " + describe_value(*arguments[0]));
+    if (arguments[0]->kind != Kind::text)
+      fail("oc.decode takes a text, found " + describe_value(*arguments[0]));
     return evaluate_element(arguments[0]->text, *this);
   }
   if (name == "oc.create") {
-    if (arguments.size() != 1 || (!arguments[0]->is_container() && arguments[0]->kind != Kind::null)) {
+    if (arguments.size() != 1 ||
+        (!arguments[0]->is_container() && arguments[0]->kind != Kind::null)) {
       fail("oc.create takes a list or a mapping");
     }
     return arguments[0]->kind == Kind::null ? arguments[0] : copy(*arguments[0]);
   }
   if (name == "oc.deprecated") {
-    if (arguments.empty() || arguments.size() > 2 || texts[0].empty()) fail("oc.deprecated takes a key");
+    if (arguments.empty() || arguments.size() > 2 || texts[0].empty())
+      fail("oc.deprecated takes a key");
     NodePtr node = select_text(python_text(*arguments[0]));
     if (!node) fail("oc.deprecated: there is no " + texts[0]);
     return node;
   }
   if (name == "hydra" || name == "now") {
-    fail("the resolver " + name + ": is Hydra's own and not here; a run's values must be the same when it is "
+    fail("the resolver " + name +
+         ": is Hydra's own and not here; a run's values must be the same when it is "
          "started again");
   }
   fail("unknown resolver " + name + suggestion(name, kResolvers));

@@ -16,8 +16,8 @@ namespace espalier::config {
 /// Resolvers: oc.env oc.decode oc.select oc.create oc.deprecated oc.dict.keys oc.dict.values.
 class Resolver : private Lookup {
  public:
-  /// `keep_missing`: what refers to a mandatory value that is not set (`???`) becomes missing itself,
-  /// an error only for who reads it; otherwise it is an error here.
+  /// `keep_missing`: what refers to a mandatory value that is not set (`???`) becomes missing
+  /// itself, an error only for who reads it; otherwise it is an error here.
   Resolver(NodePtr root, bool keep_missing);
 
   /// A deep copy with no interpolation left; `???` stays missing.

@@ -165,7 +165,8 @@ int64_t yaml_integer(const std::string& whole) {
 
 double yaml_float(const std::string& whole) {
   std::string text = without_bars(whole);
-  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return std::tolower(c); });
   double sign = !text.empty() && text[0] == '-' ? -1.0 : 1.0;
   if (!text.empty() && (text[0] == '-' || text[0] == '+')) text.erase(0, 1);
   if (text == ".inf") return sign * std::numeric_limits<double>::infinity();
@@ -198,7 +199,8 @@ std::optional<double> parse_double(std::string text) {
   if (first == std::string::npos) return std::nullopt;
   text = text.substr(first, text.find_last_not_of(" \t\n\r") - first + 1);
   std::string lower = text;
-  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+  std::transform(lower.begin(), lower.end(), lower.begin(),
+                 [](unsigned char c) { return std::tolower(c); });
   double sign = 1;
   if (lower[0] == '+' || lower[0] == '-') {
     sign = lower[0] == '-' ? -1 : 1;
@@ -211,7 +213,8 @@ std::optional<double> parse_double(std::string text) {
   }
   double value = 0;
   auto [end, error] = std::from_chars(lower.data(), lower.data() + lower.size(), value);
-  if (end != lower.data() + lower.size() || error == std::errc::invalid_argument) return std::nullopt;
+  if (end != lower.data() + lower.size() || error == std::errc::invalid_argument)
+    return std::nullopt;
   if (error == std::errc::result_out_of_range) value = std::strtod(lower.c_str(), nullptr);
   return sign * value;
 }
@@ -234,7 +237,8 @@ NodePtr yaml_tagged_scalar(const std::string& tag, const std::string& text) {
   if (name == "float") return make_real(yaml_float(text));
   if (name == "bool") {
     std::string lower = text;
-    std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+    std::transform(lower.begin(), lower.end(), lower.begin(),
+                   [](unsigned char c) { return std::tolower(c); });
     if (NodePtr node = yaml_boolean(lower)) return node;
     throw UserError("\"" + text + "\" is not a boolean");
   }
@@ -244,7 +248,8 @@ NodePtr yaml_tagged_scalar(const std::string& tag, const std::string& text) {
 NodePtr grammar_scalar(const std::string& text) {
   if (text.empty()) return nullptr;
   std::string lower = text;
-  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+  std::transform(lower.begin(), lower.end(), lower.begin(),
+                 [](unsigned char c) { return std::tolower(c); });
   if (lower == "null") return make_node(Kind::null);
   if (lower == "true" || lower == "false") return make_boolean(lower == "true");
 
@@ -285,9 +290,8 @@ NodePtr grammar_scalar(const std::string& text) {
 bool is_identifier(std::string_view text) {
   auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; };
   if (text.empty() || !letter(text[0])) return false;
-  return std::all_of(text.begin(), text.end(), [&](char c) {
-    return letter(c) || (c >= '0' && c <= '9') || c == '-';
-  });
+  return std::all_of(text.begin(), text.end(),
+                     [&](char c) { return letter(c) || (c >= '0' && c <= '9') || c == '-'; });
 }
 
 }  // namespace espalier::config

@@ -19,12 +19,15 @@ bool matches_any(const std::string& name, const std::vector<std::string>& patter
   });
 }
 
-std::vector<std::string> member_texts(const Sweep& sweep, const Override& override, const Repository& repository) {
+std::vector<std::string> member_texts(const Sweep& sweep, const Override& override,
+                                      const Repository& repository) {
   std::vector<std::string> texts;
   if (sweep.kind == Sweep::Kind::glob) {
-    if (!repository.has_group(override.key)) throw UserError("glob() takes its members from a group, and " + override.key + " is none");
+    if (!repository.has_group(override.key))
+      throw UserError("glob() takes its members from a group, and " + override.key + " is none");
     for (const auto& choice : repository.choices(override.key)) {
-      if (matches_any(choice, sweep.include) && !matches_any(choice, sweep.exclude)) texts.push_back(choice);
+      if (matches_any(choice, sweep.include) && !matches_any(choice, sweep.exclude))
+        texts.push_back(choice);
     }
   } else {
     for (const auto& value : sweep_members(sweep)) texts.push_back(value.written());
@@ -58,7 +61,8 @@ std::vector<std::vector<std::string>> expand_sweep(const Request& request) {
   for (const auto& text : request.overrides) {
     Override override = parse_override(text);
     std::string key = override.prefixed_key();
-    auto same = std::find_if(axes.begin(), axes.end(), [&](const auto& axis) { return axis.first == key; });
+    auto same =
+        std::find_if(axes.begin(), axes.end(), [&](const auto& axis) { return axis.first == key; });
     if (same == axes.end()) {
       axes.emplace_back(key, members(override, repository));
     } else {  // the last of one key counts, at the place of the first

@@ -23,17 +23,25 @@ constexpr size_t kMaximumValues = 200000;
 /// Builds the tree from the parser's events; aliases are copied, so a bomb meets kMaximumValues.
 class Builder : public YAML::EventHandler {
  public:
-  explicit Builder(std::shared_ptr<const std::string> place) : place_(std::move(place)) {}
+  Builder(std::shared_ptr<const std::string> place, const std::string& text)
+      : place_(std::move(place)), text_(text) {}
 
   NodePtr root;
   int documents = 0;
 
   void OnDocumentStart(const YAML::Mark& mark) override {
-    if (++documents > 1) fail(mark, "a second document starts here; a configuration is one document");
+    if (++documents > 1)
+      fail(mark, "a second document starts here; a configuration is one document");
   }
   void OnDocumentEnd() override {}
 
   void OnNull(const YAML::Mark& mark, YAML::anchor_t anchor) override {
+    // The parser takes [,] for [null]; YAML does not.
+    bool in_list = !open_.empty() && open_.back().node->kind == Kind::list;
+    size_t at = static_cast<size_t>(mark.pos);
+    if (in_list && mark.pos >= 0 && at < text_.size() && text_[at] == ',') {
+      fail(mark, "not valid YAML: an element is missing before ','");
+    }
     add(mark, anchor, make_node(Kind::null));
   }
 
@@ -89,7 +97,8 @@ class Builder : public YAML::EventHandler {
 
   void start(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor, Kind kind,
              const char* own_tag) {
-    if (tag != "?" && tag != "!" && tag != own_tag) fail(mark, "the tag " + tag + " is not supported");
+    if (tag != "?" && tag != "!" && tag != own_tag)
+      fail(mark, "the tag " + tag + " is not supported");
     if (open_.size() >= kMaximumDepth) {
       fail(mark, "nested deeper than " + std::to_string(kMaximumDepth) + " levels");
     }
@@ -119,7 +128,8 @@ class Builder : public YAML::EventHandler {
   }
 
   void add(const YAML::Mark& mark, YAML::anchor_t anchor, NodePtr node) {
-    if (++values_ > kMaximumValues) fail(mark, "more than " + std::to_string(kMaximumValues) + " values");
+    if (++values_ > kMaximumValues)
+      fail(mark, "more than " + std::to_string(kMaximumValues) + " values");
     if (!node->origin.place) node->origin = {place_, mark.line + 1};
     if (anchor != 0) anchors_[anchor] = node;
     if (open_.empty()) {
@@ -175,6 +185,7 @@ class Builder : public YAML::EventHandler {
   }
 
   std::shared_ptr<const std::string> place_;
+  const std::string& text_;
   std::map<YAML::anchor_t, NodePtr> anchors_;
   std::vector<Open> open_;
   size_t values_ = 0;
@@ -204,8 +215,8 @@ std::optional<std::string> header_package(const std::string& text, const std::st
     std::string key, value, more;
     words >> key >> value >> more;
     if (value.empty() || !more.empty()) {
-      throw UserError(name + ":" + std::to_string(number) + ": a header has the form \"# @package NAME\", found \"" +
-                      line + "\"");
+      throw UserError(name + ":" + std::to_string(number) +
+                      ": a header has the form \"# @package NAME\", found \"" + line + "\"");
     }
     if (key == "@package") package = value;
   }
@@ -216,11 +227,11 @@ std::optional<std::string> header_package(const std::string& text, const std::st
 
 YamlFile read_yaml_text(const std::string& text, const std::string& name) {
   if (text.size() > kMaximumBytes) {
-    throw UserError(name + ": " + std::to_string(text.size()) + " bytes; a configuration file has at most " +
-                    std::to_string(kMaximumBytes));
+    throw UserError(name + ": " + std::to_string(text.size()) +
+                    " bytes; a configuration file has at most " + std::to_string(kMaximumBytes));
   }
   auto place = std::make_shared<const std::string>(name);
-  Builder builder(place);
+  Builder builder(place, text);
   try {
     std::istringstream stream(text);
     YAML::Parser parser(stream);
@@ -232,7 +243,8 @@ YamlFile read_yaml_text(const std::string& text, const std::string& name) {
   YamlFile file{.root = builder.root, .package = header_package(text, name)};
   if (!file.root || file.root->kind == Kind::null) file.root = make_node(Kind::mapping, {place, 1});
   if (!file.root->is_container()) {
-    throw UserError(name + ":1: a configuration is a mapping of keys, found " + describe_value(*file.root));
+    throw UserError(name + ":1: a configuration is a mapping of keys, found " +
+                    describe_value(*file.root));
   }
   return file;
 }

@@ -1,6 +1,9 @@
-/// Composes configurations for test_hydra.py: reads one JSON-free request a block from standard input
-///   directory \n name \n plain|resolved|sweep|defaults|dirname|yaml \n override ... \n (empty line)
-/// and prints one line for each: "ok " and the JSON or text (newlines escaped), or "error " and the message.
+/// Composes configurations for test_hydra.py: reads one JSON-free request a block from standard
+/// input
+///   directory \n name \n plain|resolved|sweep|defaults|dirname|yaml \n override ... \n (empty
+///   line)
+/// and prints one line for each: "ok " and the JSON or text (newlines escaped), or "error " and the
+/// message.
 
 #include <iostream>
 #include <string>
