@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <set>
 
 #include "pipeline/config/interpolation.h"
 #include "pipeline/config/nearest.h"
@@ -124,19 +125,10 @@ class Expansion {
   }
 
   std::vector<DefaultsRow> run(const std::string& primary) {
-    std::vector<std::unique_ptr<TreeNode>> roots;
-    auto first = std::make_unique<TreeNode>();
-    first->entry.name =
-        primary.ends_with(".yaml") ? primary.substr(0, primary.size() - 5) : primary;
-    first->parent = "<root>";
-    roots.push_back(std::move(first));
-    for (auto& entry : added_) {
-      auto node = std::make_unique<TreeNode>();
-      node->entry = entry;
-      node->parent = "<root>";
-      roots.push_back(std::move(node));
-    }
-    for (auto root = roots.rbegin(); root != roots.rend(); ++root) expand(**root, 0, false);
+    TreeNode root;
+    root.entry.name = primary.ends_with(".yaml") ? primary.substr(0, primary.size() - 5) : primary;
+    root.parent = "<root>";
+    expand(root, 0, false);
     while (!deferred_.empty()) {
       std::vector<std::pair<TreeNode*, int>> waiting;
       waiting.swap(deferred_);
@@ -144,7 +136,7 @@ class Expansion {
     }
     refuse_unused();
     std::vector<DefaultsRow> rows;
-    for (const auto& root : roots) flatten(*root, rows);
+    flatten(root, rows);
     return rows;
   }
 
@@ -198,7 +190,9 @@ class Expansion {
     if (entry.kind == DefaultsEntry::Kind::group) {
       known_groups_.push_back(node.override_key());
       apply_group_override(node);
-      if (node.skipped || entry.is_null) return;
+      if (node.skipped) return;
+      if (!entry.is_list) refuse_second_choice(node);
+      if (entry.is_null) return;
       if (entry.is_missing) {
         fail(node, "the group " + entry.name + " has no choice yet; give one: " +
                        node.override_key() + "=" + join(repository_.choices(node.path()), "|"));
@@ -214,6 +208,15 @@ class Expansion {
       return;
     }
     load_files(node, depth, interpolated);
+  }
+
+  void refuse_second_choice(const TreeNode& node) {
+    std::string key = node.override_key();
+    std::string choice = node.entry.choices.empty() ? "null" : node.entry.choices[0];
+    auto [found, first] = chosen_.try_emplace(key, choice);
+    if (first || found->second == choice) return;
+    fail(node, "the group " + key + " has two choices, " + choice + " and " + found->second +
+                   "; to replace a choice made elsewhere: - override " + key + ": CHOICE");
   }
 
   void expand_deferred(TreeNode& node, int depth) {
@@ -279,9 +282,17 @@ class Expansion {
     }
   }
 
+  /// The file's defaults list; the primary's ends with the groups that the command line adds.
+  std::vector<DefaultsEntry> entries_of(const TreeNode& node, const ConfigFile& file) const {
+    std::vector<DefaultsEntry> entries = file.defaults;
+    if (node.parent != "<root>" || added_.empty()) return entries;
+    if (entries.empty()) entries.push_back({.kind = DefaultsEntry::Kind::self, .name = "_self_"});
+    entries.insert(entries.end(), added_.begin(), added_.end());
+    return entries;
+  }
+
   void expand_children(const TreeNode& node, TreeNode::File& file, int depth, bool interpolated) {
-    std::vector<std::string> keys;
-    for (const auto& entry : file.file->defaults) {
+    for (const auto& entry : entries_of(node, *file.file)) {
       auto child = std::make_unique<TreeNode>();
       child->entry = entry;
       child->base = node.group();
@@ -303,16 +314,6 @@ class Expansion {
         overrides_.try_emplace(child->override_key(),
                                override);  // the first, from nearer the root, wins
         continue;
-      }
-      if (entry.kind == DefaultsEntry::Kind::group) {
-        std::string key = child->override_key();
-        if (std::find(keys.begin(), keys.end(), key) != keys.end()) {
-          fail(*child,
-               "the group " + key +
-                   " stands twice in this list; to replace a choice made elsewhere: - override " +
-                   key + ": " + join(entry.choices, ","));
-        }
-        keys.push_back(key);
       }
       file.children.push_back(std::move(child));
     }
@@ -386,6 +387,7 @@ class Expansion {
   std::vector<std::pair<TreeNode*, int>> deferred_;
   KnownChoices known_;
   std::vector<std::string> known_groups_;
+  std::map<std::string, std::string> chosen_;  ///< of every group met, by override key
   std::set<std::string> final_keys_;
   size_t nodes_ = 0;
 };

@@ -182,6 +182,7 @@ NodePtr Resolver::key(int dots, const std::vector<std::string>& path) {
 NodePtr Resolver::select_text(const std::string& text) {
   size_t dots = text.find_first_not_of('.');
   if (dots == std::string::npos) dots = text.size();
+  if (!start_of(static_cast<int>(dots))) fail(text + " goes above the root");
   std::string problem;
   return walk(static_cast<int>(dots), split_path(text.substr(dots)), problem);
 }
@@ -210,7 +211,8 @@ NodePtr Resolver::oc_dict(const std::string& name, const std::vector<NodePtr>& a
 NodePtr Resolver::oc_env(const std::vector<NodePtr>& arguments) {
   if (arguments.empty() || arguments.size() > 2)
     fail("oc.env takes a name and an optional default");
-  std::string name = python_text(*arguments[0]);
+  if (arguments[0]->kind != Kind::text) fail("oc.env takes the name of a variable");
+  const std::string& name = arguments[0]->text;
   if (const char* value = std::getenv(name.c_str())) return make_plain_text(value);
   if (arguments.size() == 1) {
     fail("the environment variable " + name +
