@@ -231,6 +231,25 @@ Value call_tag(const Call& call) {
   return *last;
 }
 
+/// Rounds to 28 significant digits, half to even: the precision of Python's decimal numbers, which
+/// decides whether a sum of 0.1 is written 0.3 or 0.30000000000000004.
+__float128 to_28_digits(__float128 value) {
+  if (value == 0) return value;
+  __float128 magnitude = value < 0 ? -value : value, scale = 1;
+  constexpr double kLow = 1e27, kHigh = 1e28;
+  int shift = 0;
+  for (; magnitude * scale < kLow && shift < 300; ++shift) scale *= 10;
+  for (; magnitude / scale >= kHigh && shift < 300; ++shift) scale *= 10;
+  bool grow = magnitude < kLow;
+  __float128 digits = grow ? magnitude * scale : magnitude / scale;
+  auto whole = static_cast<unsigned __int128>(digits);
+  __float128 rest = digits - static_cast<__float128>(whole);
+  if (rest > 0.5 || (rest == 0.5 && whole % 2 == 1)) ++whole;
+  __float128 rounded = static_cast<__float128>(whole);
+  rounded = grow ? rounded / scale : rounded * scale;
+  return value < 0 ? -rounded : rounded;
+}
+
 bool less(const Value& a, const Value& b) {
   auto numeric = [](const Value& value) { return is_number(value) || value.kind == VK::boolean; };
   auto as_number = [](const Value& value) {
@@ -316,7 +335,7 @@ std::vector<Value> sweep_members(const Sweep& sweep) {
   const Value &start = sweep.values[0], &stop = sweep.values[1], &step = sweep.values[2];
   bool integral = std::all_of(sweep.values.begin(), sweep.values.end(),
                               [](const Value& value) { return value.kind == VK::integer; });
-  // Quadruple precision keeps the sum's rounding out of the members, as decimal arithmetic would.
+  // Quadruple precision holds a decimal number of 28 digits.
   __float128 at =
       integral ? static_cast<__float128>(start.integer) : static_cast<__float128>(number(start));
   __float128 end =
@@ -324,7 +343,7 @@ std::vector<Value> sweep_members(const Sweep& sweep) {
   __float128 by =
       integral ? static_cast<__float128>(step.integer) : static_cast<__float128>(number(step));
   std::vector<Value> members;
-  for (; by > 0 ? at < end : at > end; at += by) {
+  for (; by > 0 ? at < end : at > end; at = integral ? at + by : to_28_digits(at + by)) {
     if (members.size() == kMaximumRange) throw UserError("range() has more than 10000 members");
     members.push_back(integral ? integer_value(static_cast<int64_t>(at))
                                : real_value(static_cast<double>(at)));
@@ -332,7 +351,11 @@ std::vector<Value> sweep_members(const Sweep& sweep) {
   return members;
 }
 
-Value call_function(const Call& call) {
+Value call_function(const Call& written) {
+  // A function sees texts, not their quotes: choice('a b') offers a\ b.
+  Call call = written;
+  for (auto& value : call.positional) value.quote = '\0';
+  for (auto& [name, value] : call.named) value.quote = '\0';
   if (call.name == "int" || call.name == "float" || call.name == "str" || call.name == "bool")
     return call_cast(call);
   if (call.name == "choice") return call_choice(call);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <utility>
+#include <vector>
 
 #include "pipeline/config/scalars.h"
 #include "pipeline/errors.h"
@@ -10,9 +12,23 @@
 namespace espalier::config {
 namespace {
 
+/// Line breaks of YAML 1.1 beyond ASCII.
+const std::pair<const char*, const char*> kBreaks[] = {
+    {"\xc2\x85", "\\u0085"}, {"\xe2\x80\xa8", "\\u2028"}, {"\xe2\x80\xa9", "\\u2029"}};
+
 std::string double_quoted(const std::string& text) {
   std::string result = "\"";
-  for (char c : text) {
+  for (size_t i = 0; i < text.size(); ++i) {
+    char c = text[i];
+    bool is_break = false;
+    for (const auto& [bytes, escape] : kBreaks) {
+      size_t length = std::char_traits<char>::length(bytes);
+      if (text.compare(i, length, bytes) != 0) continue;
+      result += escape;
+      i += length - 1;
+      is_break = true;
+    }
+    if (is_break) continue;
     switch (c) {
       case '"':
         result += "\\\"";
@@ -70,6 +86,7 @@ std::string yaml_text(const std::string& text) {
   if (reads_back_bare(text)) return text;
   bool plain =
       std::none_of(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+  for (const auto& line_break : kBreaks) plain &= text.find(line_break.first) == std::string::npos;
   if (!plain) return double_quoted(text);
   std::string result = "'";
   for (char c : text) result += c == '\'' ? "''" : std::string(1, c);
