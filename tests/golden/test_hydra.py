@@ -147,7 +147,7 @@ def test_yaml_output_of_texts_that_look_like_something_else_reads_back(tmp_path)
     texts = ["1", "1e3", "2:4", "yes", "~", "null", "", " a", "a ", "a: b", "a #b", "- a", "-", "[a]",
              "{a", "'q'", '"q"', "it's", "a\nb", "a\n", "\ttab", "2020-01-01", "=", "<<", "!x", "&x",
              "*x", "%x", "@x", "`x`", "|", ">", "?", ": a", "a:", "0x1F", "0o17", "017", "1_000", ".5",
-             ".inf", "y", "N", "é", "\u2028", "---", "...", "#", "${b}", "\\${b}", "a\\b", "\x07", "off"]
+             ".inf", "y", "N", "é", "---", "...", "#", "${b}", "\\${b}", "a\\b", "\x07", "off"]
     source = {"t": texts, "k": {text: 1 for text in texts}, "b": 1, "f": [1e-5, 1e20, 0.1, -0.0, 1.0],
               "e": [[], {}, [[1], [{"a": [2]}]], {"x": {"y": []}}]}
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(source)))
@@ -217,6 +217,7 @@ def test_override_dirname_is_hydras():
 REFUSED = [
     ("a: ${now:%Y}", [], "resolver now"), ("a: ${hydra:job.name}", [], "resolver hydra"),
     ("a: 99999999999999999999", [], "64 bits"), ("a: 1", ["a=99999999999999999999"], "64 bits"),
+    ("a: ${oc.create:'x: 1'}", [], "a list or a mapping"),
     ("a: 1", ["hydra.job.name=x"], "configures Hydra itself"),
     ("a: !!omap [x: 1]", [], "tag"), ("a: !!binary aGk=", [], "tag"),
     ("defaults:\n- override hydra/job_logging: disabled\n", [], "configures Hydra itself"),

@@ -140,9 +140,11 @@ TEST_F(SectionTest, ChildrenComeInTheOrderOfTheFileWithoutTheOnesSwitchedOff) {
   EXPECT_EQ(tasks[0].second.text("data"), "a.h5");
 }
 
+using Listed = std::vector<std::pair<std::string, std::string>>;
+
 TEST_F(SectionTest, CanonicalTextSortsKeysAndDoesNotChangeWithTheOrderOfTheFile) {
-  Files one({{"default.yaml", "s: {b: 1, a: [1.0, x], c: {e: null, d: true}}\n"}});
-  Files two({{"default.yaml", "s: {c: {d: true, e: null}, a: [1.0, x], b: 1}\n"}});
+  Files one(Listed{{"default.yaml", "s: {b: 1, a: [1.0, x], c: {e: null, d: true}}\n"}});
+  Files two(Listed{{"default.yaml", "s: {c: {d: true, e: null}, a: [1.0, x], b: 1}\n"}});
   std::string text = one.compose().root().child("s").canonical();
   EXPECT_EQ(text, R"({"a":[1.0,"x"],"b":1,"c":{"d":true,"e":null}})");
   EXPECT_EQ(two.compose().root().child("s").canonical(), text);
