@@ -217,7 +217,7 @@ def test_override_dirname_is_hydras():
 REFUSED = [
     ("a: ${now:%Y}", [], "resolver now"), ("a: ${hydra:job.name}", [], "resolver hydra"),
     ("a: 99999999999999999999", [], "64 bits"), ("a: 1", ["a=99999999999999999999"], "64 bits"),
-    ("a: ${oc.create:'x: 1'}", [], "a list or a mapping"),
+    ("a: ${oc.create:'x'}", [], "a list or a mapping"),
     ("a: 1", ["hydra.job.name=x"], "configures Hydra itself"),
     ("a: !!omap [x: 1]", [], "tag"), ("a: !!binary aGk=", [], "tag"),
     ("defaults:\n- override hydra/job_logging: disabled\n", [], "configures Hydra itself"),
