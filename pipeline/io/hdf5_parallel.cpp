@@ -69,7 +69,7 @@ class Group {
   int rank_ = 0, size_ = 1;
 };
 
-/// Elements of one row: the shape without its first size.
+/// The shape of the whole dataset of which `rows` is a part.
 std::vector<int64_t> dataset_shape(const at::Tensor& rows, int64_t total_rows) {
   std::vector<int64_t> shape = rows.sizes().vec();
   shape[0] = total_rows;

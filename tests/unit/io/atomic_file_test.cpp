@@ -158,7 +158,7 @@ TEST(Hdf5Writer, AFullDiskIsAnErrorOfTheEnvironmentAndLeavesNothing) {
   EXPECT_TRUE(fs::exists(directory / "b.h5"));
 }
 
-// Reference values: xxhsum -H2, and XXH3_128bits of nothing.
+// The known XXH3_128bits of nothing.
 TEST(Checksum, IsXxh3Of128Bits) {
   EXPECT_EQ(checksum(std::string()), "99aa06d3014798d86001c324468d497f");
   const TemporaryDirectory directory;
