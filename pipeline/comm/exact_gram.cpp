@@ -14,6 +14,8 @@ namespace {
 
 /// A feature's exponent is never further than this below the largest.
 constexpr int kLargestGap = 12;
+/// Width of the tiles in which result() mirrors the triangle.
+constexpr int64_t kTile = 32;
 
 }  // namespace
 
@@ -89,21 +91,25 @@ void ExactGram::reduce(const Communicator& group) {
 }
 
 void ExactGram::result(double* out, double factor) const {
-  // Tiles, so that the mirrored writes stay in the cache.
-  constexpr int64_t tile = 32;
-  const auto packed = [&](int64_t i) { return i * n_ - i * (i - 1) / 2 - i; };  // + j
   std::vector<double> units(n_);
   for (int64_t i = 0; i < n_; ++i) units[i] = std::ldexp(1.0, exponents_[i]);
-  for (int64_t top = 0; top < n_; top += tile)
-    for (int64_t left = top; left < n_; left += tile)
-      for (int64_t i = top; i < std::min(top + tile, n_); ++i) {
-        const int64_t* sums = sums_.data() + packed(i);
-        for (int64_t j = std::max(i, left); j < std::min(left + tile, n_); ++j) {
+  // The mirrored half is turned in a small buffer: written straight down a column, the rows of a
+  // Gram whose width is a multiple of 512 would all fall on the same lines of the cache.
+  double turned[kTile][kTile];
+  for (int64_t top = 0; top < n_; top += kTile)
+    for (int64_t left = top; left < n_; left += kTile) {
+      const int64_t bottom = std::min(top + kTile, n_), right = std::min(left + kTile, n_);
+      for (int64_t i = top; i < bottom; ++i) {
+        const int64_t* sums = sums_.data() + i * n_ - i * (i - 1) / 2 - i;  // + j
+        for (int64_t j = std::max(i, left); j < right; ++j) {
           const double entry = static_cast<double>(sums[j]) * units[i] * units[j] * factor;
           out[i * n_ + j] = entry;
-          out[j * n_ + i] = entry;
+          turned[j - left][i - top] = entry;
         }
       }
+      for (int64_t j = left; j < right; ++j)
+        std::copy_n(turned[j - left], std::min(bottom, j + 1) - top, out + j * n_ + top);
+    }
 }
 
 }  // namespace espalier::comm

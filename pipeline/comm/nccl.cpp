@@ -31,10 +31,13 @@ class NcclBackend final : public DeviceBackend {
  public:
   NcclBackend(std::shared_ptr<Backend> host, int device) : host_(std::move(host)) {
     int devices = 0;
-    check_cuda(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
-    if (device < 0 || device >= devices)
-      throw EnvironmentError(
-          fmt::format("rank {} asks for GPU {} of {} on its node", host_->rank(), device, devices));
+    const cudaError_t counted = cudaGetDeviceCount(&devices);
+    if (counted != cudaSuccess || device < 0 || device >= devices)
+      throw EnvironmentError(fmt::format(
+          "rank {} asks for GPU {}, but its node shows {} ({}); start one rank a GPU, or choose "
+          "cluster.device=cpu",
+          host_->rank(), device, counted == cudaSuccess ? devices : 0,
+          cudaGetErrorString(counted)));
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
     check_cuda(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming),
                "cudaEventCreateWithFlags");
