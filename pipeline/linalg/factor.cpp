@@ -7,11 +7,10 @@
 #include <cmath>
 
 #include "pipeline/errors.h"
+#include "pipeline/linalg/double_product.h"
 
 namespace espalier::linalg {
 namespace {
-
-using at::indexing::Slice;
 
 constexpr int64_t kBlock = 128;
 constexpr int kMostRaises = 4;
@@ -51,14 +50,54 @@ at::Tensor reversed_and_damped(at::Tensor& gram, double shift) {
   return reversed;
 }
 
-at::Tensor cholesky(at::Tensor& gram, double mean, double damping, const std::string& what,
-                    FactorReport& report) {
+// A lower triangular L with H = L L^T beside the inverses of its diagonal blocks. The
+// products are our own: LAPACK's factor and triangular inverse take twice and three times as long.
+struct LowerFactor {
+  at::Tensor lower;
+  std::vector<at::Tensor> diagonal_inverses;
+};
+
+DoubleView view_of(at::Tensor& t) { return {t.data_ptr<double>(), t.stride(0)}; }
+
+// Right-looking: the diagonal block by LAPACK, the panel below it times that block's inverse, then
+// the lower part of what follows. Changes h (its upper part is left as it is); false when h is not
+// positive definite.
+bool factorize(at::Tensor& h, LowerFactor& result) {
+  const int64_t n = h.size(0);
+  result = {h, {}};
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t width = std::min(kBlock, n - first), next = first + width;
+    at::Tensor diagonal = h.slice(0, first, next).slice(1, first, next);
+    const auto [block, info] = at::linalg_cholesky_ex(diagonal.contiguous(), false, false);
+    // A not quite indefinite block may still end with a factor that is not finite.
+    if (info.item<int>() != 0 || !at::isfinite(block).all().item<bool>()) return false;
+    diagonal.copy_(block);
+    at::Tensor inverse =
+        at::linalg_solve_triangular(block, at::eye(width, h.options()), false).contiguous();
+    result.diagonal_inverses.push_back(inverse);
+    if (next == n) break;
+    at::Tensor panel = h.slice(0, next, n).slice(1, first, next);
+    at::Tensor negative = at::zeros({n - next, width}, h.options());
+    subtract_product(view_of(negative), view_of(panel), view_of(inverse), true, n - next, width,
+                     width);
+    panel.copy_(negative.neg_());
+    for (int64_t row = next; row < n; row += kBlock) {
+      const int64_t end = std::min(n, row + kBlock);
+      const DoubleView whole = view_of(h);
+      subtract_product(whole.block(row, next), whole.block(row, first), whole.block(next, first),
+                       true, end - row, end - next, width);
+    }
+  }
+  return true;
+}
+
+LowerFactor cholesky(at::Tensor& gram, double mean, double damping, const std::string& what,
+                     FactorReport& report) {
   report.damping = damping;
   for (report.times_raised = 0;; ++report.times_raised, report.damping *= 10) {
-    auto [lower, info] =
-        at::linalg_cholesky_ex(reversed_and_damped(gram, report.damping * mean), false, false);
-    // A not quite indefinite matrix may still end with a factor that is not finite.
-    if (info.item<int>() == 0 && at::isfinite(lower.diagonal()).all().item<bool>()) return lower;
+    at::Tensor damped = reversed_and_damped(gram, report.damping * mean);
+    LowerFactor factor;
+    if (factorize(damped, factor)) return factor;
     if (report.times_raised == kMostRaises)
       throw NumericalError(fmt::format(
           "{}: the Gram of its input is not positive definite even with damping {} (raised from {} "
@@ -67,28 +106,25 @@ at::Tensor cholesky(at::Tensor& gram, double mean, double damping, const std::st
   }
 }
 
-// The inverse of a lower triangular matrix: from the last block column to the first,
-// X_ij = -(sum over j < k <= i of X_ik L_kj) X_jj, where X_ik is zero for k > i. LAPACK's own way
-// (a triangular solve with the identity) does three times the work.
-at::Tensor lower_inverse(const at::Tensor& lower) {
-  const int64_t n = lower.size(0);
-  at::Tensor inverse = at::zeros({n, n}, lower.options());
-  const at::Tensor identity = at::eye(std::min(kBlock, n), lower.options());
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  for (int64_t block = blocks - 1; block >= 0; --block) {
-    const int64_t first = block * kBlock, width = std::min(kBlock, n - first), next = first + width;
-    const auto columns = Slice(first, next);
-    const at::Tensor diagonal =
-        at::linalg_solve_triangular(lower.index({columns, columns}).contiguous(),
-                                    identity.slice(0, 0, width).slice(1, 0, width), false);
-    inverse.index_put_({columns, columns}, diagonal);
+// L^-1, from the last block column to the first: X_ij = -(sum over j < k <= i of X_ik L_kj) X_jj,
+// where X_ik is zero for k > i.
+at::Tensor lower_inverse(LowerFactor& factor) {
+  const int64_t n = factor.lower.size(0);
+  at::Tensor inverse = at::zeros({n, n}, factor.lower.options());
+  const DoubleView x = view_of(inverse), l = view_of(factor.lower);
+  for (int64_t first = (n - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
+    const int64_t width = std::min(kBlock, n - first), next = first + width;
+    at::Tensor& diagonal = factor.diagonal_inverses[first / kBlock];
+    inverse.slice(0, first, next).slice(1, first, next).copy_(diagonal);
     if (next == n) continue;
-    const at::Tensor panel = at::mm(lower.index({Slice(next), columns}), diagonal).neg_();
+    at::Tensor panel = at::zeros({n - next, width}, inverse.options());
+    subtract_product(view_of(panel), l.block(next, first), view_of(diagonal), false, n - next,
+                     width, width);
+    panel.neg_();
     for (int64_t row = next; row < n; row += kBlock) {
       const int64_t end = std::min(n, row + kBlock);
-      at::Tensor out = inverse.index({Slice(row, end), columns});
-      at::mm_out(out, inverse.index({Slice(row, end), Slice(next, end)}),
-                 panel.slice(0, 0, end - next));
+      subtract_product(x.block(row, first), x.block(row, next), view_of(panel), false, end - row,
+                       width, end - next);
     }
   }
   return inverse;
@@ -125,7 +161,7 @@ at::Tensor inverse_factor(at::Tensor& gram, double damping, const std::string& w
   const at::NoGradGuard no_gradients;
   report = {};
   const double mean = prepare(gram, what, report);
-  const at::Tensor lower = cholesky(gram, mean, damping, what, report);
+  LowerFactor lower = cholesky(gram, mean, damping, what, report);
   at::Tensor inverse = lower_inverse(lower);
   at::Tensor factor = reversed_float(inverse);
   check_diagonal(factor, what);

@@ -30,9 +30,11 @@ void mark_matrix(std::span<MatrixTask> one, const Pattern& pattern, std::span<co
   const linalg::Cut cut = linalg::cut_smallest(selection, first_index, workers, group);
   for_each_tile(one, tiles, workers, [&](const TileView& view, const Tile&, int64_t i, int) {
     const int64_t taken_ties = cut.first_kept_index - first_index[i];
+    const float* value = magnitude[i].data();
+    // Bitwise, so that the loop vectorises.
     for (int64_t j = 0; j < view.size; ++j)
-      view.pruned[j] =
-          magnitude[i][j] < cut.threshold || (magnitude[i][j] == cut.threshold && j < taken_ties);
+      view.pruned[j] = static_cast<uint8_t>((value[j] < cut.threshold) |
+                                            ((value[j] == cut.threshold) & (j < taken_ties)));
   });
 }
 
