@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "pipeline/linalg/selection.h"
@@ -30,11 +31,13 @@ void mark_matrix(std::span<MatrixTask> one, const Pattern& pattern, std::span<co
   const linalg::Cut cut = linalg::cut_smallest(selection, first_index, workers, group);
   for_each_tile(one, tiles, workers, [&](const TileView& view, const Tile&, int64_t i, int) {
     const int64_t taken_ties = cut.first_kept_index - first_index[i];
+    // Locals, so that the loops vectorise.
     const float* value = magnitude[i].data();
-    // Bitwise, so that the loop vectorises.
-    for (int64_t j = 0; j < view.size; ++j)
-      view.pruned[j] = static_cast<uint8_t>((value[j] < cut.threshold) |
-                                            ((value[j] == cut.threshold) & (j < taken_ties)));
+    const float threshold = cut.threshold;
+    uint8_t* pruned = view.pruned;
+    const int64_t size = view.size, ties_end = std::clamp<int64_t>(taken_ties, 0, size);
+    for (int64_t j = 0; j < ties_end; ++j) pruned[j] = value[j] <= threshold;
+    for (int64_t j = ties_end; j < size; ++j) pruned[j] = value[j] < threshold;
   });
 }
 
