@@ -17,8 +17,8 @@ struct Selection {
 };
 
 /// The value at position k of each selection, exactly: radix selection on the floats' bits with
-/// histograms reduced over ranks (three rounds of 11, 11 and 10 bits; every selection of the batch in
-/// the same three collectives). Collective. Reads the values three times.
+/// histograms reduced over ranks (three rounds of 11, 11 and 9 bits; every selection of the batch
+/// in the same three collectives). Collective. Reads the values three times.
 std::vector<float> kth_smallest(const std::vector<Selection>& batch, Workers& workers,
                                 const comm::Communicator& group);
 

@@ -1,0 +1,111 @@
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include "pipeline/linalg/factor.h"
+#include "pipeline/linalg/product.h"
+#include "pipeline/random.h"
+#include "stages/prune/matrix_pruning.h"
+
+namespace espalier::prune {
+namespace {
+
+using comm::Communicator;
+
+at::Tensor normals(const std::string& purpose, int64_t rows, int64_t columns) {
+  const CounterRandom random(23, purpose);
+  at::Tensor t = at::empty({rows, columns}, at::kFloat);
+  for (int64_t i = 0; i < rows * columns; ++i)
+    t.data_ptr<float>()[i] = static_cast<float>(random.normal(i));
+  return t;
+}
+
+// Rounded weights: ties cross tiles and ranks.
+std::vector<MatrixTask> block_of_matrices() {
+  std::vector<MatrixTask> tasks;
+  const auto add = [&](const std::string& name, int64_t rows, int64_t columns, int64_t statistic) {
+    const at::Tensor weight = at::round(normals(name, rows, columns) * 16) / 16;
+    tasks.push_back({name, weight, statistic, at::zeros({rows, columns}, at::kByte)});
+  };
+  add("q_proj", 320, 160, 0);
+  add("k_proj", 100, 160, 0);
+  add("gate_proj", 513, 160, 1);
+  add("down_proj", 160, 512, 2);
+  return tasks;
+}
+
+struct Statistics {
+  std::vector<at::Tensor> factors;
+  std::vector<std::vector<float>> norms;
+  std::vector<std::vector<int64_t>> dead;
+};
+
+Statistics statistics() {
+  Statistics result;
+  for (const int64_t columns : {160, 160, 512}) {
+    at::Tensor x = normals(fmt::format("tokens {}", result.factors.size()), 2 * columns, columns);
+    x.select(1, 7).zero_();
+    at::Tensor gram = at::mm(x.t(), x).to(at::kDouble);
+    const at::Tensor norm = gram.diagonal().sqrt().to(at::kFloat);
+    result.norms.emplace_back(norm.data_ptr<float>(), norm.data_ptr<float>() + columns);
+    linalg::FactorReport report;
+    result.factors.push_back(linalg::inverse_factor(gram, 0.01, "test", report));
+    result.dead.push_back(report.dead_inputs);
+  }
+  return result;
+}
+
+using Method = void (*)(std::vector<MatrixTask>&, const Statistics&, const Pattern&, Workers&,
+                        const Communicator&);
+
+void magnitude(std::vector<MatrixTask>& tasks, const Statistics&, const Pattern& pattern,
+               Workers& workers, const Communicator& group) {
+  prune_magnitude(tasks, pattern, true, workers, group);
+  gather_rows(tasks, false, group);
+}
+
+void wanda(std::vector<MatrixTask>& tasks, const Statistics& s, const Pattern& pattern,
+           Workers& workers, const Communicator& group) {
+  prune_wanda(tasks, s.norms, pattern, true, workers, group);
+  gather_rows(tasks, false, group);
+}
+
+void sparsegpt(std::vector<MatrixTask>& tasks, const Statistics& s, const Pattern& pattern,
+               Workers& workers, const Communicator& group) {
+  prune_sparsegpt(tasks, s.factors, s.dead, pattern, 128, true, workers, group);
+  gather_rows(tasks, true, group);
+}
+
+void expect_same_bits(Method method) {
+  linalg::one_library_thread();
+  const Statistics s = statistics();
+  Workers one(1, linalg::one_library_thread), two(2, linalg::one_library_thread);
+  for (const Pattern& pattern : {Pattern{0, 0, 0.6}, Pattern{2, 4, 0.5}}) {
+    auto alone = block_of_matrices(), threads = block_of_matrices(), spread = block_of_matrices(),
+         both = block_of_matrices();
+    method(alone, s, pattern, one, Communicator::self());
+    method(threads, s, pattern, two, Communicator::self());
+    method(spread, s, pattern, one, Communicator::world(120));
+    method(both, s, pattern, two, Communicator::world(120));
+    for (size_t t = 0; t < alone.size(); ++t) {
+      EXPECT_GT(alone[t].mask.sum().item<int64_t>(), alone[t].mask.numel() * 2 / 5);
+      for (const auto* other : {&threads, &spread, &both}) {
+        EXPECT_TRUE(alone[t].mask.equal((*other)[t].mask)) << alone[t].name << pattern.name();
+        EXPECT_TRUE(alone[t].weight.equal((*other)[t].weight)) << alone[t].name << pattern.name();
+      }
+    }
+  }
+}
+
+TEST(Magnitude, MaskAndWeightsAreTheSameBitsOnAnyNumberOfRanksAndWorkers) {
+  expect_same_bits(magnitude);
+}
+
+TEST(Wanda, MaskAndWeightsAreTheSameBitsOnAnyNumberOfRanksAndWorkers) { expect_same_bits(wanda); }
+
+TEST(Sparsegpt, MaskAndWeightsAreTheSameBitsOnAnyNumberOfRanksAndWorkers) {
+  expect_same_bits(sparsegpt);
+}
+
+}  // namespace
+}  // namespace espalier::prune
