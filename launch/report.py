@@ -406,7 +406,6 @@ def render(run: Run) -> str:
     cost = cost_section(run)
     return template.render(
         name=run.name, failure=run.failure, facts=run_facts(run), header=header, rows=rows,
-        measured=[stage.kind == "evaluate" for stage in run.stages],
         sections=[*evaluation_section(run), *prune_sections(run), *retrain_sections(run), *compress_sections(run),
                   *([cost] if cost else [])],
         config=run.config_text, environment=json.dumps(run.environment, indent=2, ensure_ascii=False) if run.environment else "")
