@@ -36,17 +36,27 @@ fail() {
 }
 
 # step NAME COMMAND...: one plain line with what was done and how long it took. The command's output
-# goes to a log, which is shown when it fails.
+# goes to a log, which is shown when it fails, and then the script ends.
 step() {
-  local name="$1" log started=$SECONDS
+  try_step "$@"
+  [ "$step_status" = 0 ] && return
+  tail -n 60 "$step_log" >&2
+  fail "$1: failed after $step_seconds s; the whole output is in $step_log"
+}
+
+# The same for what work can go on without; step_status says how it ended. Not to be called inside a
+# condition: a shell ignores -e there, in all that is called from it.
+try_step() {
+  local name="$1" started=$SECONDS
   shift
   mkdir -p "$ESPALIER_WORK/log"
-  log="$ESPALIER_WORK/log/$(printf '%s' "$name" | tr -c 'A-Za-z0-9' '-').txt"
-  if ! "$@" >"$log" 2>&1 </dev/null; then
-    tail -n 60 "$log" >&2
-    fail "$name: failed after $((SECONDS - started)) s; the whole output is in $log"
-  fi
-  say "$name: done in $((SECONDS - started)) s"
+  step_log="$ESPALIER_WORK/log/$(printf '%s' "$name" | tr -c 'A-Za-z0-9' '-').txt"
+  set +e
+  (set -e; "$@") >"$step_log" 2>&1 </dev/null
+  step_status=$?
+  set -e
+  step_seconds=$((SECONDS - started))
+  if [ "$step_status" = 0 ]; then say "$name: done in $step_seconds s"; fi
 }
 
 # attempt COMMAND...: package registries have hiccups; three tries, then the failure is real.

@@ -2,7 +2,7 @@
 """Cuts English text into calibration, training and held-out parts that share no document.
 
     make_text.py DIRECTORY                 the text of the example: Python's own documentation
-    make_text.py DIRECTORY --text FILE     a person's text; its documents are its paragraphs
+    make_text.py DIRECTORY --text FILE     a person's text; its documents are runs of paragraphs
     make_text.py DIRECTORY --sources DIR   another folder of .rst.txt, .rst, .md or .txt files
 
 Writes calibration.txt (25 %), train.txt (60 %) and heldout.txt (15 %). A document goes where a hash of
@@ -23,9 +23,17 @@ DOCUMENTATION = ["/usr/share/doc/python3.11/html/_sources"]
 SHARES = [("heldout", 0.15), ("calibration", 0.40), ("train", 1.0)]  # upper ends of each part
 
 
-def part_of(document: str) -> str:
+SECTION_CHARACTERS = 4000  # of a person's text: long enough to read on, short enough to mix
+
+
+def position_of(document: str) -> float:
+    """Uniform in [0, 1), the same for documents that differ in white space only."""
     digest = hashlib.sha256(" ".join(document.split()).encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def part_of(document: str) -> str:
+    position = position_of(document)
     return next(part for part, end in SHARES if position < end)
 
 
@@ -82,14 +90,24 @@ def docstring_documents() -> list[str]:
     return documents
 
 
-def paragraphs(file: Path) -> list[str]:
+def sections(file: Path) -> list[str]:
+    """Consecutive paragraphs together, at least forty sections where the text has as many paragraphs."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         sys.exit(f"espalier: {file} is not UTF-8 at byte {error.start}; convert it, for example with iconv")
     except OSError as error:
         sys.exit(f"espalier: {file}: {error.strerror}")
-    return [paragraph.strip("\n") + "\n" for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    paragraphs = [paragraph.strip("\n") + "\n" for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    wanted = min(SECTION_CHARACTERS, len(text) // 40)
+    found, open_section, length = [], [], 0
+    for paragraph in paragraphs:
+        open_section.append(paragraph)
+        length += len(paragraph)
+        if length >= wanted:
+            found.append("\n".join(open_section))
+            open_section, length = [], 0
+    return found + (["\n".join(open_section)] if open_section else [])
 
 
 def write_atomically(target: Path, text: str) -> None:
@@ -109,18 +127,20 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.text:
-        documents, origin = paragraphs(arguments.text), str(arguments.text)
+        documents, origin = sections(arguments.text), str(arguments.text)
     else:
         folders = [folder for folder in [*arguments.sources, *map(Path, DOCUMENTATION)] if folder.is_dir()]
         documents = folder_documents(folders[0]) if folders else docstring_documents()
+        # By position, so that the first segments of a part are of all kinds; a person's text keeps its order.
+        documents.sort(key=position_of)
         origin = str(folders[0]) if folders else "the docstrings of the Python installation"
     parts: dict[str, list[str]] = {part: [] for part, _ in SHARES}
     for document in documents:
         parts[part_of(document)].append(document)
     empty = [part for part, texts in parts.items() if not texts]
     if empty:
-        sys.exit(f"espalier: {origin} has {len(documents)} documents, too few to split: nothing is left for "
-                 f"{', '.join(empty)}; paragraphs are separated by empty lines")
+        sys.exit(f"espalier: {origin} has {len(documents)} parts between empty lines, too few to split: nothing is left for "
+                 f"{', '.join(empty)}; give a longer text with paragraphs")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     for part, texts in parts.items():
         write_atomically(arguments.directory / f"{part}.txt", "\n".join(texts))

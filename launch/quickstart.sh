@@ -14,15 +14,13 @@
 # it obeys are listed at the top of launch/environment.sh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-cd "$ESPALIER_SOURCE"
-asked_from="$OLDPWD"
+scripts="$ESPALIER_SOURCE/launch"
 
 model="" text="" ranks=2
-absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s' "$asked_from/$1" ;; esac }
 while [ $# -gt 0 ]; do
   case "$1" in
-    --model) model="$(absolute "${2:?--model takes a checkpoint directory}")"; shift 2 ;;
-    --text) text="$(absolute "${2:?--text takes a file}")"; shift 2 ;;
+    --model) model="$(realpath -m -- "${2:?--model takes a checkpoint directory}")"; shift 2 ;;
+    --text) text="$(realpath -m -- "${2:?--text takes a file}")"; shift 2 ;;
     --ranks) ranks="${2:?--ranks takes a number}"; shift 2 ;;
     -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
     -*) fail "quickstart.sh: $1 is none of --model, --text, --ranks" ;;
@@ -42,35 +40,41 @@ fi
 [ -z "$text" ] || [ -r "$text" ] || fail "--text $text cannot be read"
 
 started=$SECONDS
-if [ -n "$model" ] && [ -n "$text" ]; then launch/setup.sh --own-model; else launch/setup.sh; fi
-launch/build.sh
+if [ -n "$model" ] && [ -n "$text" ]; then "$scripts/setup.sh" --own-model; else "$scripts/setup.sh"; fi
+"$scripts/build.sh"
 
 if [ -n "$model" ] || [ -n "$text" ]; then
   # Named by what it was made from, so that another model or text never meets the old parts.
-  [ -n "$model" ] || { launch/make_example.sh; model="$ESPALIER_WORK/models/smollm2-135m"; }
+  [ -n "$model" ] || { "$scripts/make_example.sh"; model="$ESPALIER_WORK/models/smollm2-135m"; }
   name="$(basename "$model")-$({ printf '%s\n' "$model"; if [ -n "$text" ]; then cat "$text"; fi; } | sha256sum | cut -c1-8)"
   texts="$ESPALIER_WORK/own/$name/texts" data="$ESPALIER_WORK/own/$name/data"
   if [ ! -e "$texts/train.txt" ]; then
-    step "text" "$ESPALIER_VENV/bin/python" launch/make_text.py "$texts" ${text:+--text "$text"}
+    step "text" "$ESPALIER_VENV/bin/python" "$scripts/make_text.py" "$texts" ${text:+--text "$text"}
   fi
-  launch/tokenize.sh "$model" "$texts" "$data"
+  "$scripts/tokenize.sh" "$model" "$texts" "$data"
 else
-  launch/make_example.sh
+  "$scripts/make_example.sh"
   name=quickstart model="$ESPALIER_WORK/models/smollm2-135m" data="$ESPALIER_WORK/data"
 fi
 
+# Each set of overrides is a run of its own: one directory holds one configuration.
 run_dir="$ESPALIER_SOURCE/outputs/$name"
-status=0
-launch/run.sh -n "$ranks" --threads 1 -- --config-name quickstart "model.path=$model" \
-  "data.calibration=$data/calibration.h5" "data.train=$data/train.h5" \
-  "evaluate.tasks.text.data=$data/heldout.h5" "run.dir=$run_dir" "$@" || status=$?
-
-# An override may have moved the run; a failed run has a report too, which shows how far it came.
+if [ $# -gt 0 ]; then
+  settings="$(IFS=,; printf '%s' "$*" | tr '/ ' '__')"
+  [ ${#settings} -le 100 ] || settings="$(printf '%s' "$settings" | sha256sum | cut -c1-16)"
+  run_dir+="-$settings"
+fi
 for override in "$@"; do
   case "$override" in run.dir=*) run_dir="${override#run.dir=}" ;; esac
 done
+status=0
+"$scripts/run.sh" -n "$ranks" --threads 1 -- --config-name quickstart "model.path=$model" \
+  "data.calibration=$data/calibration.h5" "data.train=$data/train.h5" \
+  "evaluate.tasks.text.data=$data/heldout.h5" "run.dir=$run_dir" "$@" || status=$?
+
+# A failed run has a report too, which shows how far it came.
 if [ -d "$run_dir" ]; then
-  "$ESPALIER_VENV/bin/python" launch/report.py "$run_dir" --table
+  "$ESPALIER_VENV/bin/python" "$scripts/report.py" "$run_dir" --table
 fi
 [ "$status" = 0 ] || fail "the run ended with code $status after $((SECONDS - started)) s; the same command goes on where it stopped"
 say "all of it took $((SECONDS - started)) s"

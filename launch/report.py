@@ -204,9 +204,8 @@ def nonzeros_text(stage: Stage) -> str:
     if stage.kind == "prune":
         zeros = sum(number(matrix.get("zeros")) or 0 for matrix in stage.matrices)
         places = sum((number(matrix.get("rows")) or 0) * (number(matrix.get("columns")) or 0) for matrix in stage.matrices)
-        return f"{count_text(places - zeros)} ({share_text(1 - zeros / places)} of the pruned matrices)" if places else NOTHING
-    kept = number(stage.metrics.get("nonzeros_after"))
-    return count_text(kept)
+        return f"{count_text(places - zeros)} of {count_text(places)}" if places else NOTHING
+    return count_text(number(stage.metrics.get("nonzeros_after")))
 
 
 def bytes_of(stage: Stage) -> str:
@@ -229,7 +228,6 @@ def stage_table(run: Run) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_table(header: list[str], rows: list[list[str]]) -> str:
-    rows = [[cell.replace(" of the pruned matrices", "") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, ["-" * width for width in widths], *rows]:
@@ -408,7 +406,6 @@ def render(run: Run) -> str:
     cost = cost_section(run)
     return template.render(
         name=run.name, failure=run.failure, facts=run_facts(run), header=header, rows=rows,
-        measured=[stage.kind == "evaluate" for stage in run.stages],
         sections=[*evaluation_section(run), *prune_sections(run), *retrain_sections(run), *compress_sections(run),
                   *([cost] if cost else [])],
         config=run.config_text, environment=json.dumps(run.environment, indent=2, ensure_ascii=False) if run.environment else "")

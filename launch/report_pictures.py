@@ -16,6 +16,7 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 INK, FAINT, LINE, FIRST, SECOND = "#010101", "#010102", "#010103", "#010104", "#010105"
+WIDTH = 9.6  # inches, the width of the page's cards
 SHADES = [f"#0101{16 + step:02x}" for step in range(9)]
 VARIABLES = {INK: "--ink", FAINT: "--faint", LINE: "--line", FIRST: "--first", SECOND: "--second"}
 VARIABLES |= {shade: f"--shade-{step}" for step, shade in enumerate(SHADES)}
@@ -47,25 +48,18 @@ def svg(figure, description: str) -> str:
 
 
 def bars(names: list[str], values: list[float], labels: list[str], description: str, colour: str = FIRST) -> str:
-    """Horizontal bars from zero, the first on top, each with its value at its end. Where the greatest is more
-    than thirty times the least the axis is logarithmic, and then starts below the least instead of at zero."""
-    figure, axes = plt.subplots(figsize=(7.2, 0.34 * len(names) + 0.35))
-    logarithmic = len(values) > 1 and min(values) > 0 and max(values) > 30 * min(values)
-    left = 10 ** math.floor(math.log10(min(values)) - 0.01) if logarithmic else 0
+    """Horizontal bars from zero, the first on top, each with its value at its end."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * len(names) + 0.1))
     positions = range(len(names))
-    axes.barh(positions, [value - left for value in values], left=left, height=0.62, color=colour)
-    if logarithmic:
-        axes.set_xscale("log")
-        axes.set_xlabel("logarithmic axis")
-    axes.set_xlim(left, max(values) * (3 if logarithmic else 1.16) or 1)
+    axes.barh(positions, values, height=0.62, color=colour)
+    axes.set_xlim(0, max(values) * 1.14 or 1)
     axes.set_yticks(positions, names)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.invert_yaxis()
     for position, (value, label) in enumerate(zip(values, labels)):
         axes.annotate(label, (value, position), xytext=(4, 0), textcoords="offset points", va="center")
-    if not logarithmic:
-        axes.xaxis.set_visible(False)
-        axes.spines["bottom"].set_visible(False)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
     return svg(figure, description)
 
 
@@ -75,11 +69,12 @@ def grid(values: dict[str, list[float | None]], title: str, description: str, pe
     blocks = max(map(len, values.values()))
     known = [value for row in values.values() for value in row if value is not None]
     low, high = min(known), max(known)
-    spread = high - low if high > low else max(abs(high), 1.0) * 1e-9
-    figure, axes = plt.subplots(figsize=(7.2, 0.27 * len(kinds) + 0.75))
+    spread = high - low
+    margin = 0 if spread else max(abs(high), 1.0) / 2  # equal values take the middle shade
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(kinds) + 0.75))
     cells = [[math.nan if value is None else value for value in row] + [math.nan] * (blocks - len(row))
              for row in values.values()]
-    mesh = axes.pcolormesh(cells, cmap=ListedColormap(SHADES), vmin=low, vmax=low + spread, edgecolors="none")
+    mesh = axes.pcolormesh(cells, cmap=ListedColormap(SHADES), vmin=low - margin, vmax=high + margin, edgecolors="none")
     mesh.set_antialiased(False)
     axes.set_yticks([row + 0.5 for row in range(len(kinds))], kinds)
     axes.invert_yaxis()
@@ -117,7 +112,7 @@ def running_mean(values: list[float], width: int) -> list[float]:
 def loss_curve(steps: list[int], losses: list[float], rates: list[float | None], description: str) -> str:
     """The loss of each step, faint, its mean over a twentieth of the steps, and below it the learning rate."""
     with_rate = any(rate is not None for rate in rates)
-    figure, axes = plt.subplots(2 if with_rate else 1, 1, figsize=(7.2, 3.4 if with_rate else 2.6), sharex=True,
+    figure, axes = plt.subplots(2 if with_rate else 1, 1, figsize=(WIDTH, 3.4 if with_rate else 2.6), sharex=True,
                                 squeeze=False, height_ratios=[3, 1] if with_rate else [1])
     upper = axes[0][0]
     width = max(1, len(losses) // 20)

@@ -109,7 +109,7 @@ fetch_documentation() {
 }
 
 system_packages() {
-  local lacking wished package
+  local lacking wished package lists_are_fresh=false
   lacking="$(missing needs)" wished="$(missing wishes)"
   if $check; then
     report_missing "$lacking" "missing"
@@ -118,23 +118,24 @@ system_packages() {
     [ -z "$lacking" ] || complete=false
     return
   fi
-  if may_install && [ -n "$lacking$wished" ] && [ "$lacking$wished" != "$(wishes_refused)" ]; then
+  if may_install && [ -n "$lacking" ]; then
     step "package lists" update_package_lists
-    if [ -n "$lacking" ]; then
-      # shellcheck disable=SC2046  # one word a package
-      step "system packages" install_packages $(cut -d'|' -f1 <<<"$lacking")
-    fi
+    lists_are_fresh=true
+    # shellcheck disable=SC2046  # one word a package
+    step "system packages" install_packages $(cut -d'|' -f1 <<<"$lacking")
+    lacking="$(missing needs)"
+  fi
+  if may_install && [ -n "$wished" ] && [ "$wished" != "$(wishes_refused)" ]; then
+    $lists_are_fresh || try_step "package lists" update_package_lists
     while IFS='|' read -r package _; do
-      [ -n "$package" ] || continue
-      apt-cache show "$package" >/dev/null 2>&1 || continue
       case "$package" in
-        *-doc) step "documentation" fetch_documentation "$package" ;;
-        *) step "system package $package" install_packages "$package" ;;
+        *-doc) try_step "documentation" fetch_documentation "$package" ;;
+        *) try_step "system package $package" install_packages "$package" ;;
       esac
+      [ "$step_status" = 0 ] || say "no $package here; work goes on without it"
     done <<<"$wished"
-    lacking="$(missing needs)" wished="$(missing wishes)"
     mkdir -p "$ESPALIER_WORK"
-    printf '%s' "$wished" >"$ESPALIER_WORK/not-in-this-distribution"
+    missing wishes >"$ESPALIER_WORK/not-in-this-distribution"
   fi
   [ -z "$lacking" ] || {
     report_missing "$lacking" "missing"
