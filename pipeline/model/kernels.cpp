@@ -52,7 +52,7 @@ inline V load(D d, const uint16_t* p) {
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(d16, p))));
 }
 inline void store(D d, V v, float* p) { hn::StoreU(v, d, p); }
-inline void store(D d, V v, uint16_t* p) {
+inline void store(D, V v, uint16_t* p) {
   const hn::RebindToUnsigned<D> du;
   const hn::Rebind<uint16_t, D> d16;
   const auto bits = hn::BitCast(du, v);
