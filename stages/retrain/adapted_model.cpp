@@ -26,8 +26,9 @@ std::vector<const model::Linear*> matching_layers(const model::Architecture& arc
   for (const model::Linear& linear : architecture.linears) names.push_back(last_part(linear.name));
   for (const std::string& target : targets)
     if (std::find(names.begin(), names.end(), target) == names.end())
-      throw UserError(fmt::format("retrain.targets: '{}' is no linear layer of this {} model, which has {}",
-                                  target, architecture.model_type, fmt::join(names, ", ")));
+      throw UserError(
+          fmt::format("retrain.targets: '{}' is no linear layer of this {} model, which has {}",
+                      target, architecture.model_type, fmt::join(names, ", ")));
   std::vector<const model::Linear*> layers;
   for (const model::Linear& linear : architecture.linears)
     if (targets.empty() ||
@@ -55,8 +56,7 @@ AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
     target_of_.emplace_back().fill(-1);
     for (const model::Linear* layer : layers) {
       target_of_[b][layer->role] = static_cast<int64_t>(targets_.size());
-      targets_.push_back(
-          {architecture.weight_name(b, *layer), b, blocks_[b].weight[layer->role]});
+      targets_.push_back({architecture.weight_name(b, *layer), b, blocks_[b].weight[layer->role]});
       first_adapted_ = std::min(first_adapted_, b);
     }
   }
@@ -115,10 +115,10 @@ void AdaptedModel::fail_not_finite(const Pass& pass, const at::Tensor& last, dou
       break;
     }
   }
-  throw NumericalError(
-      fmt::format("step {}, sequence {}: the loss is {}: {} are the first that are not finite; lower "
-                  "retrain.learning_rate or set model.dtype=float32",
-                  pass.key.step + 1, pass.key.first_sequence, loss, where));
+  throw NumericalError(fmt::format(
+      "step {}, sequence {}: the loss is {}: {} are the first that are not finite; lower "
+      "retrain.learning_rate or set model.dtype=float32",
+      pass.key.step + 1, pass.key.first_sequence, loss, where));
 }
 
 train::UnitLoss AdaptedModel::loss_and_gradients(const data::Batch& batch, const UnitKey& key,
@@ -154,9 +154,9 @@ train::UnitLoss AdaptedModel::loss_and_gradients(const data::Batch& batch, const
 
   const at::AutoGradMode with_grad(true);
   for (int64_t b = blocks - 1; b >= first_adapted_; --b) {
-    at::Tensor output = pass.outputs[b].defined() ? pass.outputs[b]
-                                                  : forward_block(b, pass.inputs[b], pass);
-    pass.outputs[b] = {};
+    at::Tensor output =
+        pass.outputs[b].defined() ? pass.outputs[b] : forward_block(b, pass.inputs[b], pass);
+    pass.outputs[b].reset();
     std::vector<at::Tensor> wanted;
     for (const int64_t p : parameters_of_[b]) wanted.push_back(parameter_values_[p]);
     if (b > first_adapted_) wanted.push_back(pass.inputs[b]);
@@ -165,7 +165,7 @@ train::UnitLoss AdaptedModel::loss_and_gradients(const data::Batch& batch, const
     for (size_t i = 0; i < parameters_of_[b].size(); ++i)
       if (gradients[i].defined()) sink(parameters_of_[b][i], gradients[i]);
     if (b > first_adapted_) gradient = gradients.back();
-    pass.inputs[b] = {};
+    pass.inputs[b].reset();
   }
   return loss;
 }

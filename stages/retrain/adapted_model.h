@@ -1,6 +1,6 @@
 #pragma once
-/// A frozen causal model in memory with an adapter at some of its matrices: loss and gradients of one
-/// unit on one thread.
+/// A frozen causal model in memory with an adapter at some of its matrices: loss and gradients of
+/// one unit on one thread.
 
 #include <array>
 #include <memory>
@@ -33,10 +33,10 @@ class AdaptedModel {
   Adapter& adapter() { return *adapter_; }
   const std::vector<Target>& targets() const { return targets_; }
 
-  /// Loss sum of a batch and the gradient of every adapter parameter, given to `sink` block by block
-  /// from the last one: no graph spans two blocks. With `recompute` (activation checkpointing)
-  /// only the blocks' inputs are kept, and each block runs a second time on the way back.
-  /// Throws NumericalError naming block and step where hidden states stop being finite.
+  /// Loss sum of a batch and the gradient of every adapter parameter, given to `sink` block by
+  /// block from the last one: no graph spans two blocks. With `recompute` (activation
+  /// checkpointing) only the blocks' inputs are kept, and each block runs a second time on the way
+  /// back. Throws NumericalError naming block and step where hidden states stop being finite.
   train::UnitLoss loss_and_gradients(const data::Batch& batch, const UnitKey& key, bool recompute,
                                      const train::GradientSink& sink) const;
 

@@ -23,15 +23,19 @@ using torch::autograd::variable_list;
 struct Layer {
   Target target;
   const SppOptions* options;
-  at::Tensor alpha, beta;     // float32 leaves; beta undefined in that ablation
+  at::Tensor alpha, beta;  // float32 leaves; beta undefined in that ablation
   int64_t first_parameter = 0;
-  at::Tensor effective;       // W_eff in the model's type; with dropout: s W'
+  at::Tensor effective;  // W_eff in the model's type; with dropout: s W'
 
   float scale() const { return options->residual ? static_cast<float>(options->scale) : 1.0f; }
   SppMatrix matrix() const {
     const at::Tensor& w = target.weight;
-    return {w.const_data_ptr(), w.scalar_type() == at::kBFloat16, w.size(0), w.size(1),
-            options->groups, alpha.const_data_ptr<float>(),
+    return {w.const_data_ptr(),
+            w.scalar_type() == at::kBFloat16,
+            w.size(0),
+            w.size(1),
+            options->groups,
+            alpha.const_data_ptr<float>(),
             beta.defined() ? beta.const_data_ptr<float>() : nullptr};
   }
   /// W * (base + s repeat(alpha) beta).
@@ -43,7 +47,8 @@ struct Layer {
 /// The gradients of alpha and beta from dy and the input that met s W'.
 variable_list parameter_gradients(const Layer& layer, const at::Tensor& dy, const at::Tensor& x) {
   const at::Tensor g = linalg::product(dy.t(), x, at::kFloat);
-  at::Tensor alpha_gradient = at::empty_like(layer.alpha, layer.alpha.options().requires_grad(false));
+  at::Tensor alpha_gradient =
+      at::empty_like(layer.alpha, layer.alpha.options().requires_grad(false));
   at::Tensor beta_gradient;
   if (layer.beta.defined())
     beta_gradient = at::empty({layer.beta.numel()}, alpha_gradient.options());
@@ -72,8 +77,7 @@ struct SppLinear : torch::autograd::Function<SppLinear> {
     const at::Tensor x = context->get_saved_variables()[0];
     const at::Tensor dy = gradients[0].contiguous();
     at::Tensor dx;
-    if (context->needs_input_grad(0))
-      dx = linalg::product(dy, layer.effective, dy.scalar_type());
+    if (context->needs_input_grad(0)) dx = linalg::product(dy, layer.effective, dy.scalar_type());
     const variable_list own = parameter_gradients(layer, dy, x);
     return {dx, own[0], own[1], at::Tensor()};
   }
@@ -232,7 +236,8 @@ std::unique_ptr<AdapterMethod> read_spp(const config::Section& section) {
   SppOptions options;
   options.groups = section.integer_or("row_groups", options.groups, {.low = 1});
   options.scale = section.number_or("scale", options.scale, {.low = 0, .low_open = true});
-  options.dropout = section.number_or("dropout", options.dropout, {.low = 0, .high = 1, .high_open = true});
+  options.dropout =
+      section.number_or("dropout", options.dropout, {.low = 0, .high = 1, .high_open = true});
   options.beta = section.flag_or("beta", options.beta);
   options.residual = section.flag_or("residual", options.residual);
   const std::string init = section.text_or("init", "zero");
