@@ -6,7 +6,6 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "stages/retrain/spp_kernels.cpp"
 #include <hwy/foreach_target.h>
-// The order matters: highway.h is read once for every target.
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();

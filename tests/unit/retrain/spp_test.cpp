@@ -97,7 +97,9 @@ void expect_same_gradients(const SppOptions& options, at::ScalarType type, doubl
   EXPECT_LT(distance(a.y, b.y), tolerance);
   EXPECT_LT(distance(a.x, b.x), tolerance);
   EXPECT_LT(distance(a.alpha, b.alpha), tolerance);
-  if (options.beta) EXPECT_LT(distance(a.beta, b.beta), tolerance);
+  if (options.beta) {
+    EXPECT_LT(distance(a.beta, b.beta), tolerance);
+  }
 }
 
 SppOptions small() {
