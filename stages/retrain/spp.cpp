@@ -65,7 +65,7 @@ const Layer* layer_of(AutogradContext* context) {
 /// y = x W_eff^T: one product.
 struct SppLinear : torch::autograd::Function<SppLinear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& alpha,
-                            const at::Tensor& beta, const Layer* layer) {
+                            const std::optional<at::Tensor>& beta, const Layer* layer) {
     (void)alpha, (void)beta;  // inputs only so that autograd asks for their gradients
     context->save_for_backward({x});
     context->saved_data["layer"] = reinterpret_cast<int64_t>(layer);
@@ -86,7 +86,8 @@ struct SppLinear : torch::autograd::Function<SppLinear> {
 /// y = x W^T + dropout(x) (s W')^T: the published form, W' formed once a step.
 struct SppDropoutLinear : torch::autograd::Function<SppDropoutLinear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& alpha,
-                            const at::Tensor& beta, const Layer* layer, const UnitKey& key) {
+                            const std::optional<at::Tensor>& beta, const Layer* layer,
+                            const UnitKey& key) {
     (void)alpha, (void)beta;
     const at::Tensor dropped = dropout(x, layer->options->dropout, key, layer->target.name);
     context->save_for_backward({dropped});
@@ -194,9 +195,11 @@ void Spp::prepare_step(Workers& workers) {
 at::Tensor Spp::apply(int64_t target, const at::Tensor& x, const std::optional<at::Tensor>& bias,
                       const UnitKey& key) const {
   const Layer& layer = layers_[target];
+  // An undefined tensor is no argument of an autograd function; an absent one is.
+  const std::optional<at::Tensor> beta = options_.beta ? std::optional(layer.beta) : std::nullopt;
   const at::Tensor y = options_.dropout > 0
-                           ? SppDropoutLinear::apply(x, layer.alpha, layer.beta, &layer, key)
-                           : SppLinear::apply(x, layer.alpha, layer.beta, &layer);
+                           ? SppDropoutLinear::apply(x, layer.alpha, beta, &layer, key)
+                           : SppLinear::apply(x, layer.alpha, beta, &layer);
   return bias ? at::add(y, *bias) : y;
 }
 
