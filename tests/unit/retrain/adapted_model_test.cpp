@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "pipeline/errors.h"
 #include "pipeline/io/hdf5.h"
 #include "stages/retrain/merge.h"
@@ -90,7 +93,10 @@ TEST(AdaptedModel, OnlyTheTargetsAreAdapted) {
   EXPECT_EQ(tiny.parameters->size(),
             kBlocks * (8 * kHidden + kHidden / 2 + 8 * kIntermediate + kHidden));
   const auto [loss, gradient] = tiny.loss_and_gradient(false);
-  EXPECT_EQ(std::count(gradient.begin(), gradient.end(), 0.0f), 0);
+  for (const train::Parameter& p : tiny.parameters->parameters()) {
+    const auto begin = gradient.begin() + p.offset, end = begin + p.value.numel();
+    EXPECT_LT(std::count(begin, end, 0.0f), p.value.numel() / 2) << p.name;
+  }
   try {
     matching_layers(tiny.architecture, {"v_porj"});
     FAIL();
