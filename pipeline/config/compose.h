@@ -12,9 +12,9 @@
 namespace espalier::config {
 
 struct Request {
-  std::filesystem::path directory;       ///< --config-dir
-  std::string name = "default";          ///< --config-name
-  std::vector<std::string> overrides;    ///< key=value, +k=v, ++k=v, ~k, group=choice, ...
+  std::filesystem::path directory;     ///< --config-dir
+  std::string name = "default";        ///< --config-name
+  std::vector<std::string> overrides;  ///< key=value, +k=v, ++k=v, ~k, group=choice, ...
 };
 
 /// One composed run, interpolations kept; resolve() gives the values.

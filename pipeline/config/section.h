@@ -3,8 +3,8 @@
 ///
 /// A stage reads its keys once, before any work: each read states type and range and marks the key
 /// as known; finish() then refuses what nobody read, naming the nearest known key, the file and the
-/// line. Messages have the form `FILE:LINE: prune.sparsity: 1.2 is outside [0, 1)`; a value that came
-/// from the command line is named `command line: prune.sparsity=1.2`.
+/// line. Messages have the form `FILE:LINE: prune.sparsity: 1.2 is outside [0, 1)`; a value that
+/// came from the command line is named `command line: prune.sparsity=1.2`.
 
 #include <cstdint>
 #include <limits>
