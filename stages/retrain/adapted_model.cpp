@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <fnmatch.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
@@ -16,25 +17,35 @@ namespace espalier::retrain {
 
 namespace {
 
-std::string last_part(const std::string& name) { return name.substr(name.rfind('.') + 1); }
+/// "q_proj" and "*_proj" match by the last part of a layer's name, "self_attn.*" by the whole of
+/// it.
+bool matches(const model::Linear& linear, const std::string& pattern) {
+  const std::string last = linear.name.substr(linear.name.rfind('.') + 1);
+  return fnmatch(pattern.c_str(), last.c_str(), 0) == 0 ||
+         fnmatch(pattern.c_str(), linear.name.c_str(), 0) == 0;
+}
 
 }  // namespace
 
 std::vector<const model::Linear*> matching_layers(const model::Architecture& architecture,
                                                   const std::vector<std::string>& targets) {
-  std::vector<std::string> names;
-  for (const model::Linear& linear : architecture.linears) names.push_back(last_part(linear.name));
-  for (const std::string& target : targets)
-    if (std::find(names.begin(), names.end(), target) == names.end())
-      throw UserError(
-          fmt::format("retrain.targets: '{}' is no linear layer of this {} model, which has {}",
-                      target, architecture.model_type, fmt::join(names, ", ")));
   std::vector<const model::Linear*> layers;
-  for (const model::Linear& linear : architecture.linears)
-    if (targets.empty() ||
-        std::find(targets.begin(), targets.end(), last_part(linear.name)) != targets.end())
-      layers.push_back(&linear);
-  return layers;
+  std::vector<bool> used(targets.size(), false);
+  for (const model::Linear& linear : architecture.linears) {
+    bool wanted = targets.empty();
+    for (size_t t = 0; t < targets.size(); ++t) {
+      if (!matches(linear, targets[t])) continue;
+      wanted = used[t] = true;
+    }
+    if (wanted) layers.push_back(&linear);
+  }
+  const auto unused = std::find(used.begin(), used.end(), false);
+  if (unused == used.end()) return layers;
+  std::vector<std::string> names;
+  for (const model::Linear& linear : architecture.linears) names.push_back(linear.name);
+  throw UserError(
+      fmt::format("retrain.targets: '{}' matches no linear layer of this {} model, which has {}",
+                  targets[unused - used.begin()], architecture.model_type, fmt::join(names, ", ")));
 }
 
 /// What the blocks of one unit share, and the unit's way through them.

@@ -15,7 +15,8 @@
 
 namespace espalier::retrain {
 
-/// The linear layers of a block whose last name part is among `targets` (all when it is empty).
+/// The linear layers of a block that `targets` name: by the last part of their name ("q_proj",
+/// "*_proj") or the whole of it ("self_attn.*"); all when it is empty.
 /// Throws UserError listing the layers there are when one of `targets` matches none.
 std::vector<const model::Linear*> matching_layers(const model::Architecture& architecture,
                                                   const std::vector<std::string>& targets);

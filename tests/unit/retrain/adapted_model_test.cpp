@@ -97,6 +97,8 @@ TEST(AdaptedModel, OnlyTheTargetsAreAdapted) {
     const auto begin = gradient.begin() + p.offset, end = begin + p.value.numel();
     EXPECT_LT(std::count(begin, end, 0.0f), p.value.numel() / 2) << p.name;
   }
+  EXPECT_EQ(matching_layers(tiny.architecture, {"self_attn.*", "q_proj"}).size(), 4u);
+  EXPECT_EQ(matching_layers(tiny.architecture, {}).size(), 7u);
   try {
     matching_layers(tiny.architecture, {"v_porj"});
     FAIL();
