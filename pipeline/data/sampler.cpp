@@ -77,8 +77,8 @@ int64_t TrainingSampler::epoch_sequences() const {
 TrainingSampler::Row TrainingSampler::row(int64_t sequence) const {
   if (!instructions_) {
     const CounterRandom random(seed_, "train.window", static_cast<uint64_t>(sequence));
-    const auto begin = static_cast<int64_t>(
-        random.below(0, set_.stream_tokens() - sequence_length_ + 1));
+    const auto begin =
+        static_cast<int64_t>(random.below(0, set_.stream_tokens() - sequence_length_ + 1));
     return {set_.stream(begin, sequence_length_),
             train_on_prompt_ ? at::ones({sequence_length_}, at::kBool)
                              : set_.stream_loss_mask(begin, sequence_length_)};
@@ -88,9 +88,8 @@ TrainingSampler::Row TrainingSampler::row(int64_t sequence) const {
                           examples);
   const int64_t document = order(sequence % examples);
   const int64_t length = std::min(sequence_length_, set_.document_tokens(document));
-  return {set_.document(document, 0, length), train_on_prompt_
-                                                  ? at::ones({length}, at::kBool)
-                                                  : set_.loss_mask(document, 0, length)};
+  return {set_.document(document, 0, length),
+          train_on_prompt_ ? at::ones({length}, at::kBool) : set_.loss_mask(document, 0, length)};
 }
 
 Batch TrainingSampler::batch(int64_t first, int64_t count) const {
@@ -108,7 +107,9 @@ Batch TrainingSampler::batch(int64_t first, int64_t count) const {
     if (length < 2) continue;
     const at::Tensor next = rows[i].tokens.narrow(0, 1, length - 1);
     const at::Tensor counts = rows[i].counts.narrow(0, 1, length - 1);
-    batch.labels[i].narrow(0, 0, length - 1).copy_(next.masked_fill(counts.logical_not(), kIgnored));
+    batch.labels[i]
+        .narrow(0, 0, length - 1)
+        .copy_(next.masked_fill(counts.logical_not(), kIgnored));
   }
   batch.counted = batch.labels.ne(kIgnored).sum().item<int64_t>();
   return batch;

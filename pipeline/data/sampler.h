@@ -42,8 +42,8 @@ class Permutation {
 
 /// Sequences of one length with the token that each position has to predict.
 struct Batch {
-  at::Tensor tokens;  ///< int64 [sequences, length]
-  at::Tensor labels;  ///< int64 [sequences, length]; labels[t] = the token at t + 1, or kIgnored
+  at::Tensor tokens;    ///< int64 [sequences, length]
+  at::Tensor labels;    ///< int64 [sequences, length]; labels[t] = the token at t + 1, or kIgnored
   int64_t counted = 0;  ///< labels that count
 };
 

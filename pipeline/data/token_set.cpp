@@ -4,8 +4,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
+#include <mutex>
 #include <vector>
 
 #include "pipeline/errors.h"
@@ -20,8 +20,8 @@ constexpr int64_t kPiece = int64_t{1} << 22;  // elements read at a time when th
 constexpr int64_t kKeptTokens = int64_t{1} << 24;  // a set up to this size stays in memory
 
 [[noreturn]] void fail(const std::filesystem::path& file, const std::string& message) {
-  throw UserError(fmt::format(
-      "{}: {}; make the file anew with launch/prepare_data.py", file.string(), message));
+  throw UserError(fmt::format("{}: {}; make the file anew with launch/prepare_data.py",
+                              file.string(), message));
 }
 
 int64_t vector_length(const io::Hdf5Reader& reader, const std::filesystem::path& file,
@@ -50,6 +50,7 @@ struct TokenSet::State {
   bool has_loss_mask = false;
   std::vector<int64_t> offsets;
   at::Tensor kept_tokens, kept_mask;  // the whole datasets when the set is small
+  mutable std::mutex reading;         // HDF5 is not for several threads, workers are
 
   int64_t documents() const { return static_cast<int64_t>(offsets.size()) - 1; }
   int64_t separators() const { return documents() > 1 && end_token >= 0 ? 1 : 0; }
@@ -61,13 +62,15 @@ struct TokenSet::State {
   void check_tokens();
   void check_loss_mask();
   at::Tensor tokens_at(int64_t begin, int64_t count) const {
-    return kept_tokens.defined() ? kept_tokens.narrow(0, begin, count)
-                                 : reader.read("/tokens", at::kInt, begin, count);
+    if (kept_tokens.defined()) return kept_tokens.narrow(0, begin, count);
+    const std::lock_guard lock(reading);
+    return reader.read("/tokens", at::kInt, begin, count);
   }
   at::Tensor mask_at(int64_t begin, int64_t count) const {
     if (!has_loss_mask) return at::ones({count}, at::kByte);
-    return kept_mask.defined() ? kept_mask.narrow(0, begin, count)
-                               : reader.read("/loss_mask", at::kByte, begin, count);
+    if (kept_mask.defined()) return kept_mask.narrow(0, begin, count);
+    const std::lock_guard lock(reading);
+    return reader.read("/loss_mask", at::kByte, begin, count);
   }
   at::Tensor gather_stream(int64_t begin, int64_t count, at::ScalarType type,
                            const std::function<at::Tensor(int64_t, int64_t)>& read,
@@ -101,7 +104,8 @@ void TokenSet::State::read_offsets() {
       fail(path, fmt::format("offsets[{}] = {} is below offsets[{}] = {}", d, offsets[d], d - 1,
                              offsets[d - 1]));
   if (offsets.back() != tokens)
-    fail(path, fmt::format("the last offset is {}, but there are {} tokens", offsets.back(), tokens));
+    fail(path,
+         fmt::format("the last offset is {}, but there are {} tokens", offsets.back(), tokens));
   checksum += bytes_checksum(values);
 }
 
@@ -131,10 +135,9 @@ void TokenSet::State::check_loss_mask() {
   if (tokens <= kKeptTokens) kept_mask = reader.read("/loss_mask", at::kByte).contiguous();
 }
 
-at::Tensor TokenSet::State::gather_stream(
-    int64_t begin, int64_t count, at::ScalarType type,
-    const std::function<at::Tensor(int64_t, int64_t)>& read,
-    const std::function<int64_t(int64_t)>& separator) const {
+at::Tensor TokenSet::State::gather_stream(int64_t begin, int64_t count, at::ScalarType type,
+                                          const std::function<at::Tensor(int64_t, int64_t)>& read,
+                                          const std::function<int64_t(int64_t)>& separator) const {
   const int64_t length = stream_offset(documents());
   if (begin < 0 || count < 0 || count > length - begin)
     throw DefectError(fmt::format("{}: stream range [{}, {}) of {} tokens", path.string(), begin,

@@ -6,8 +6,8 @@
 /// /loss_mask  uint8 [tokens]        optional: 1 where the token counts in the loss
 /// attributes of "/": kind, tokenizer_checksum, vocabulary_size, end_token
 ///
-/// The file is hostile: types, shapes, offsets and every id are checked when it is opened. Tokens stay
-/// in the file; a set of any size costs its offsets.
+/// The file is hostile: types, shapes, offsets and every id are checked when it is opened. Tokens
+/// stay in the file; a set of any size costs its offsets.
 
 #include <ATen/core/Tensor.h>
 

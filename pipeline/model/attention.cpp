@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "pipeline/linalg/product.h"
@@ -139,11 +140,21 @@ void backward_products(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   }
 }
 
+/// An undefined tensor is no argument of an autograd function; an absent one is.
+std::optional<at::Tensor> if_defined(const at::Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
+
 struct CpuAttention : torch::autograd::Function<CpuAttention> {
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& q,
-                            const at::Tensor& k, const at::Tensor& v, const at::Tensor& cosine,
-                            const at::Tensor& sine, int64_t sequences, const AttentionShape& shape,
-                            const at::Tensor& visible) {
+                            const at::Tensor& k, const at::Tensor& v,
+                            const std::optional<at::Tensor>& given_cosine,
+                            const std::optional<at::Tensor>& given_sine, int64_t sequences,
+                            const AttentionShape& shape,
+                            const std::optional<at::Tensor>& given_visible) {
+    const at::Tensor cosine = given_cosine.value_or(at::Tensor());
+    const at::Tensor sine = given_sine.value_or(at::Tensor());
+    const at::Tensor visible = given_visible.value_or(at::Tensor());
     const int64_t length = q.size(0) / sequences;
     at::Tensor out = at::empty_like(q);
     at::Tensor log_sum_exp =
@@ -277,7 +288,8 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
                      const AttentionShape& shape, const at::Tensor& visible) {
   if (!q.is_cpu()) return device_attention(q, k, v, cosine, sine, sequences, shape, visible);
   if (q.requires_grad() || k.requires_grad() || v.requires_grad())
-    return CpuAttention::apply(q, k, v, cosine, sine, sequences, shape, visible);
+    return CpuAttention::apply(q, k, v, if_defined(cosine), if_defined(sine), sequences, shape,
+                               if_defined(visible));
   at::Tensor out = at::empty_like(q), none;
   CpuAttention::run(q, k, v, cosine, sine, sequences, shape, visible, out, none);
   return out;

@@ -30,8 +30,8 @@ Counted counted_of(const at::Tensor& labels, int64_t vocabulary) {
   const int64_t low = counted.labels.min().item<int64_t>();
   const int64_t high = counted.labels.max().item<int64_t>();
   if (low < 0 || high >= vocabulary)
-    throw DefectError(
-        fmt::format("a label of {} is outside the vocabulary [0, {})", low < 0 ? low : high, vocabulary));
+    throw DefectError(fmt::format("a label of {} is outside the vocabulary [0, {})",
+                                  low < 0 ? low : high, vocabulary));
   return counted;
 }
 
@@ -76,8 +76,8 @@ LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const 
         sum.loss += row_loss(row, vocabulary, label[first + i]);
         continue;
       }
-      auto* out = narrow ? static_cast<uint16_t*>(logits_gradient.data_ptr()) + i * vocabulary
-                         : nullptr;
+      auto* out =
+          narrow ? static_cast<uint16_t*>(logits_gradient.data_ptr()) + i * vocabulary : nullptr;
       sum.loss += row_loss_and_gradient(row, vocabulary, label[first + i], out);
     }
     if (!with_gradient) return;

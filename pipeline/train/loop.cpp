@@ -81,7 +81,7 @@ class Loop {
   ParameterSet& parameters_;
   Adamw adamw_;
   std::vector<float> gradient_;
-  std::vector<double> exact_;  // the sums of a step: every parameter's, then the loss
+  std::vector<double> exact_;         // the sums of a step: every parameter's, then the loss
   std::vector<comm::ExactSum> sums_;  // one a worker
   std::vector<UnitLoss> worker_losses_;
   std::vector<double> largest_;  // per segment, the previous step's largest unit
@@ -92,9 +92,9 @@ class Loop {
 UnitLoss Loop::run_unit(int64_t unit, const GradientSink& sink) const {
   const UnitLoss loss = problem_.unit(step_, unit, sink);
   if (!std::isfinite(loss.loss))
-    throw NumericalError(
-        fmt::format("step {}, micro-batch {}: the loss is {}; lower learning_rate or train in float32",
-                    step_ + 1, unit, loss.loss));
+    throw NumericalError(fmt::format(
+        "step {}, micro-batch {}: the loss is {}; lower learning_rate or train in float32",
+        step_ + 1, unit, loss.loss));
   return loss;
 }
 
@@ -103,8 +103,8 @@ void Loop::find_first_grid() {
   largest_.assign(segments_, 0.0);
   if (group_.is_root()) {
     const UnitLoss loss = run_unit(0, [&](int64_t parameter, const at::Tensor& gradient) {
-      largest_[parameter] = checked_largest(
-          span_of(gradient.contiguous()), parameters_.parameters()[parameter].name, step_);
+      largest_[parameter] = checked_largest(span_of(gradient.contiguous()),
+                                            parameters_.parameters()[parameter].name, step_);
     });
     largest_[segments_ - 1] = loss.loss;
   }
@@ -155,7 +155,8 @@ void Loop::sum_units() {
     largest_.assign(seen.begin(), seen.end());
     if (!sums_[0].overflowed()) break;
     if (attempt == 1) throw DefectError("a gradient overflows the grid of its own maximum");
-    say(fmt::format("step {}: a gradient outgrew the grid of its sum; the step is repeated with a "
+    say(
+        fmt::format("step {}: a gradient outgrew the grid of its sum; the step is repeated with a "
                     "coarser grid",
                     step_ + 1));
   }
@@ -168,10 +169,11 @@ void Loop::sum_units() {
   counted_ = totals[0];
   step_tokens_ = totals[1];
   if (counted_ == 0)
-    throw UserError(fmt::format(
-        "step {}: no token of the whole batch counts in the loss; raise sequence_length (the prompts "
-        "fill it) or set train_on_prompt",
-        step_ + 1));
+    throw UserError(
+        fmt::format("step {}: no token of the whole batch counts in the loss; raise "
+                    "sequence_length (the prompts "
+                    "fill it) or set train_on_prompt",
+                    step_ + 1));
 }
 
 void Loop::take_step() {
@@ -230,8 +232,8 @@ void Loop::resume() {
   if (options_.checkpoint_file.empty()) return;
   std::optional<StepCheckpoint> found;
   if (group_.is_root())
-    found = read_step_checkpoint(options_.checkpoint_file, options_.fingerprint,
-                                 parameters_.size(), segments_);
+    found = read_step_checkpoint(options_.checkpoint_file, options_.fingerprint, parameters_.size(),
+                                 segments_);
   int64_t numbers[2] = {found ? found->step : 0, found ? found->tokens : 0};
   group_.broadcast(comm::bytes_of(std::span<int64_t>(numbers)));
   if (numbers[0] == 0) return;
@@ -242,7 +244,8 @@ void Loop::resume() {
     figures[1] = found->loss_last;
     figures[2] = found->seconds;
     std::copy(found->values.begin(), found->values.end(), parameters_.flat().begin());
-    std::copy(found->first_moment.begin(), found->first_moment.end(), adamw_.first_moment().begin());
+    std::copy(found->first_moment.begin(), found->first_moment.end(),
+              adamw_.first_moment().begin());
     std::copy(found->second_moment.begin(), found->second_moment.end(),
               adamw_.second_moment().begin());
     largest_ = found->largest;
@@ -271,9 +274,10 @@ LoopResult Loop::run() {
     if (!last && events_.stop_requested && events_.stop_requested()) {
       if (saved != step_) save();
       group_.barrier();
-      throw Requeue(fmt::format("stopped after step {} of {}; the state is saved: start the same "
-                                "command again to go on",
-                                step_, options_.steps));
+      throw Requeue(
+          fmt::format("stopped after step {} of {}; the state is saved: start the same "
+                      "command again to go on",
+                      step_, options_.steps));
     }
   }
   return result_;

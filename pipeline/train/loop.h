@@ -2,9 +2,10 @@
 /// The training loop: units of work shared over ranks and workers, their gradients summed exactly,
 /// one clipped AdamW step on every rank alike, checkpoints. It knows nothing of models.
 ///
-/// A step has a fixed number of units (micro-batches); unit u runs on rank u % size, on whichever of
-/// its workers is free. Its loss and gradients go to integer sums (comm/exact_sum.h), so that every
-/// number of ranks and workers gives the same bits. One all-reduce of 8 bytes a parameter a step.
+/// A step has a fixed number of units (micro-batches); unit u runs on rank u % size, on whichever
+/// of its workers is free. Its loss and gradients go to integer sums (comm/exact_sum.h), so that
+/// every number of ranks and workers gives the same bits. One all-reduce of 8 bytes a parameter a
+/// step.
 
 #include <ATen/core/Tensor.h>
 
@@ -27,10 +28,10 @@ struct LoopOptions {
   double learning_rate = 0;
   Schedule schedule;
   AdamwOptions adamw;
-  double max_grad_norm = 0;                ///< 0: no clipping
-  int64_t checkpoint_every = 0;            ///< steps; 0: only when asked to stop and at the end
-  std::filesystem::path checkpoint_file;   ///< empty: no checkpoints
-  std::string fingerprint;                 ///< of all that the steps' bits depend on
+  double max_grad_norm = 0;               ///< 0: no clipping
+  int64_t checkpoint_every = 0;           ///< steps; 0: only when asked to stop and at the end
+  std::filesystem::path checkpoint_file;  ///< empty: no checkpoints
+  std::string fingerprint;                ///< of all that the steps' bits depend on
 };
 
 struct UnitLoss {

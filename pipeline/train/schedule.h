@@ -13,8 +13,8 @@ struct Schedule {
   Decay decay = Decay::linear;
   int64_t warmup_steps = 0, total_steps = 0;
 
-  /// Factor on the peak rate at `step`, counted from 0: step / warmup_steps during the warm-up, then
-  /// linear to 0, half a cosine to 0, or 1.
+  /// Factor on the peak rate at `step`, counted from 0: step / warmup_steps during the warm-up,
+  /// then linear to 0, half a cosine to 0, or 1.
   double factor(int64_t step) const;
 };
 

@@ -5,11 +5,9 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "pipeline/train/softmax_kernel.cpp"
-#include <hwy/foreach_target.h>
-// The order matters: highway.h is read once for every target.
-#include <hwy/highway.h>
-
 #include <hwy/contrib/math/math-inl.h>
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
 namespace espalier::train {

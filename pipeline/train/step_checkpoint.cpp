@@ -60,10 +60,10 @@ std::optional<StepCheckpoint> read_step_checkpoint(const std::filesystem::path& 
   StepCheckpoint c;
   c.fingerprint = reader.text_attribute("/", "fingerprint");
   if (c.fingerprint != fingerprint)
-    throw UserError(
-        fmt::format("{}: was saved by a training with other settings, data or model; choose another "
-                    "run.dir or pass run.resume=false",
-                    file.string()));
+    throw UserError(fmt::format(
+        "{}: was saved by a training with other settings, data or model; choose another "
+        "run.dir or pass run.resume=false",
+        file.string()));
   c.step = reader.integer_attribute("/", "step");
   c.tokens = reader.integer_attribute("/", "tokens");
   c.loss_first = reader.number_attribute("/", "loss_first");
@@ -78,9 +78,10 @@ std::optional<StepCheckpoint> read_step_checkpoint(const std::filesystem::path& 
                     c.second_moment.size() == size &&
                     c.largest.size() == static_cast<size_t>(segments);
   if (!fits || reader.text_attribute("/", "checksum") != contents_checksum(c))
-    throw UserError(fmt::format(
-        "{}: the saved training state is damaged; remove it, and training starts from its first step",
-        file.string()));
+    throw UserError(
+        fmt::format("{}: the saved training state is damaged; remove it, and training starts from "
+                    "its first step",
+                    file.string()));
   return c;
 }
 

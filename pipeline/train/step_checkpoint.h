@@ -15,7 +15,7 @@ struct StepCheckpoint {
   int64_t step = 0;  ///< steps done
   int64_t tokens = 0;
   double loss_first = 0, loss_last = 0, seconds = 0;
-  std::string fingerprint;      ///< of everything the steps depend on
+  std::string fingerprint;  ///< of everything the steps depend on
   std::vector<float> values, first_moment, second_moment;
   std::vector<double> largest;  ///< per segment, the previous step's largest unit: the next grid
 };

@@ -1,8 +1,8 @@
 #pragma once
 /// What every retraining method is: trainable float32 numbers at chosen matrices of a frozen model.
 ///
-/// A method is one file: it reads its own keys, says what its parameters are, how a matrix acts with
-/// them, and what matrix is left when they are merged. It registers itself under the name that
+/// A method is one file: it reads its own keys, says what its parameters are, how a matrix acts
+/// with them, and what matrix is left when they are merged. It registers itself under the name that
 /// `retrain.method` uses.
 
 #include <ATen/core/Tensor.h>
@@ -48,8 +48,8 @@ class Adapter {
   /// and not on the inputs.
   virtual void prepare_step(Workers& workers) = 0;
 
-  /// y[tokens, out] of x[tokens, in], in x's type; differentiable in x and in the parameters. Called
-  /// by several workers at once.
+  /// y[tokens, out] of x[tokens, in], in x's type; differentiable in x and in the parameters.
+  /// Called by several workers at once.
   virtual at::Tensor apply(int64_t target, const at::Tensor& x,
                            const std::optional<at::Tensor>& bias, const UnitKey& key) const = 0;
 

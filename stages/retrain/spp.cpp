@@ -23,15 +23,19 @@ using torch::autograd::variable_list;
 struct Layer {
   Target target;
   const SppOptions* options;
-  at::Tensor alpha, beta;     // float32 leaves; beta undefined in that ablation
+  at::Tensor alpha, beta;  // float32 leaves; beta undefined in that ablation
   int64_t first_parameter = 0;
-  at::Tensor effective;       // W_eff in the model's type; with dropout: s W'
+  at::Tensor effective;  // W_eff in the model's type; with dropout: s W'
 
   float scale() const { return options->residual ? static_cast<float>(options->scale) : 1.0f; }
   SppMatrix matrix() const {
     const at::Tensor& w = target.weight;
-    return {w.const_data_ptr(), w.scalar_type() == at::kBFloat16, w.size(0), w.size(1),
-            options->groups, alpha.const_data_ptr<float>(),
+    return {w.const_data_ptr(),
+            w.scalar_type() == at::kBFloat16,
+            w.size(0),
+            w.size(1),
+            options->groups,
+            alpha.const_data_ptr<float>(),
             beta.defined() ? beta.const_data_ptr<float>() : nullptr};
   }
   /// W * (base + s repeat(alpha) beta).
@@ -43,7 +47,8 @@ struct Layer {
 /// The gradients of alpha and beta from dy and the input that met s W'.
 variable_list parameter_gradients(const Layer& layer, const at::Tensor& dy, const at::Tensor& x) {
   const at::Tensor g = linalg::product(dy.t(), x, at::kFloat);
-  at::Tensor alpha_gradient = at::empty_like(layer.alpha, layer.alpha.options().requires_grad(false));
+  at::Tensor alpha_gradient =
+      at::empty_like(layer.alpha, layer.alpha.options().requires_grad(false));
   at::Tensor beta_gradient;
   if (layer.beta.defined())
     beta_gradient = at::empty({layer.beta.numel()}, alpha_gradient.options());
@@ -60,7 +65,7 @@ const Layer* layer_of(AutogradContext* context) {
 /// y = x W_eff^T: one product.
 struct SppLinear : torch::autograd::Function<SppLinear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& alpha,
-                            const at::Tensor& beta, const Layer* layer) {
+                            const std::optional<at::Tensor>& beta, const Layer* layer) {
     (void)alpha, (void)beta;  // inputs only so that autograd asks for their gradients
     context->save_for_backward({x});
     context->saved_data["layer"] = reinterpret_cast<int64_t>(layer);
@@ -72,8 +77,7 @@ struct SppLinear : torch::autograd::Function<SppLinear> {
     const at::Tensor x = context->get_saved_variables()[0];
     const at::Tensor dy = gradients[0].contiguous();
     at::Tensor dx;
-    if (context->needs_input_grad(0))
-      dx = linalg::product(dy, layer.effective, dy.scalar_type());
+    if (context->needs_input_grad(0)) dx = linalg::product(dy, layer.effective, dy.scalar_type());
     const variable_list own = parameter_gradients(layer, dy, x);
     return {dx, own[0], own[1], at::Tensor()};
   }
@@ -82,7 +86,8 @@ struct SppLinear : torch::autograd::Function<SppLinear> {
 /// y = x W^T + dropout(x) (s W')^T: the published form, W' formed once a step.
 struct SppDropoutLinear : torch::autograd::Function<SppDropoutLinear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& alpha,
-                            const at::Tensor& beta, const Layer* layer, const UnitKey& key) {
+                            const std::optional<at::Tensor>& beta, const Layer* layer,
+                            const UnitKey& key) {
     (void)alpha, (void)beta;
     const at::Tensor dropped = dropout(x, layer->options->dropout, key, layer->target.name);
     context->save_for_backward({dropped});
@@ -190,9 +195,11 @@ void Spp::prepare_step(Workers& workers) {
 at::Tensor Spp::apply(int64_t target, const at::Tensor& x, const std::optional<at::Tensor>& bias,
                       const UnitKey& key) const {
   const Layer& layer = layers_[target];
+  // An undefined tensor is no argument of an autograd function; an absent one is.
+  const std::optional<at::Tensor> beta = options_.beta ? std::optional(layer.beta) : std::nullopt;
   const at::Tensor y = options_.dropout > 0
-                           ? SppDropoutLinear::apply(x, layer.alpha, layer.beta, &layer, key)
-                           : SppLinear::apply(x, layer.alpha, layer.beta, &layer);
+                           ? SppDropoutLinear::apply(x, layer.alpha, beta, &layer, key)
+                           : SppLinear::apply(x, layer.alpha, beta, &layer);
   return bias ? at::add(y, *bias) : y;
 }
 
@@ -232,7 +239,8 @@ std::unique_ptr<AdapterMethod> read_spp(const config::Section& section) {
   SppOptions options;
   options.groups = section.integer_or("row_groups", options.groups, {.low = 1});
   options.scale = section.number_or("scale", options.scale, {.low = 0, .low_open = true});
-  options.dropout = section.number_or("dropout", options.dropout, {.low = 0, .high = 1, .high_open = true});
+  options.dropout =
+      section.number_or("dropout", options.dropout, {.low = 0, .high = 1, .high_open = true});
   options.beta = section.flag_or("beta", options.beta);
   options.residual = section.flag_or("residual", options.residual);
   const std::string init = section.text_or("init", "zero");

@@ -6,7 +6,6 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "stages/retrain/spp_kernels.cpp"
 #include <hwy/foreach_target.h>
-// The order matters: highway.h is read once for every target.
 #include <hwy/highway.h>
 
 HWY_BEFORE_NAMESPACE();
@@ -119,8 +118,8 @@ void reduce_of(const SppMatrix& m, const float* g, float scale, float* alpha_gra
     const int64_t at = (i / group_rows) * m.columns;
     const float factor = m.beta ? scale * m.beta[i] : scale;
     const float sum =
-        reduce_row(w + i * m.columns, g + i * m.columns, m.alpha ? m.alpha + at : nullptr, m.columns,
-                   factor, alpha_gradient ? alpha_gradient + at : nullptr);
+        reduce_row(w + i * m.columns, g + i * m.columns, m.alpha ? m.alpha + at : nullptr,
+                   m.columns, factor, alpha_gradient ? alpha_gradient + at : nullptr);
     if (beta_gradient) beta_gradient[i] = scale * sum;
   }
 }

@@ -16,13 +16,13 @@ struct SppMatrix {
   const float* beta;   ///< [rows]
 };
 
-/// out = W * (base + scale * repeat(alpha) * beta) in W's type, computed in float32 and rounded once
-/// to nearest even. One pass.
+/// out = W * (base + scale * repeat(alpha) * beta) in W's type, computed in float32 and rounded
+/// once to nearest even. One pass.
 void spp_effective(const SppMatrix& matrix, float base, float scale, void* out);
 
-/// With G [rows, columns] = dL/dW_eff in float32: alpha_gradient[j] = scale * sum over the rows i of
-/// group j of beta_i W_i G_i, beta_gradient[i] = scale * sum over columns of alpha_j W_i G_i. Either
-/// may be null. One pass over W and G.
+/// With G [rows, columns] = dL/dW_eff in float32: alpha_gradient[j] = scale * sum over the rows i
+/// of group j of beta_i W_i G_i, beta_gradient[i] = scale * sum over columns of alpha_j W_i G_i.
+/// Either may be null. One pass over W and G.
 void spp_reduce(const SppMatrix& matrix, const float* gradient, float scale, float* alpha_gradient,
                 float* beta_gradient);
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <numeric>
 #include <set>
 
@@ -25,7 +26,8 @@ struct Written {
     io::Hdf5Writer writer(file);
     writer.write("/tokens", at::tensor(at::ArrayRef<int32_t>(tokens), at::kInt));
     writer.write("/offsets", at::tensor(at::ArrayRef<int64_t>(offsets), at::kLong));
-    if (!mask.empty()) writer.write("/loss_mask", at::tensor(at::ArrayRef<uint8_t>(mask), at::kByte));
+    if (!mask.empty())
+      writer.write("/loss_mask", at::tensor(at::ArrayRef<uint8_t>(mask), at::kByte));
     writer.attribute("/", "kind", kind);
     writer.attribute("/", "tokenizer_checksum", std::string("abc"));
     writer.attribute("/", "vocabulary_size", vocabulary);
@@ -71,7 +73,8 @@ TEST(TokenSet, ASingleDocumentHasNoEndTokenAdded) {
 TEST(TokenSet, HostileFilesAreRefusedWithTheOffendingNumber) {
   Written written;
   written.offsets = {0, 4, 3, 6};
-  EXPECT_NE(written.refusal("order").find("offsets[2] = 3 is below offsets[1] = 4"), std::string::npos);
+  EXPECT_NE(written.refusal("order").find("offsets[2] = 3 is below offsets[1] = 4"),
+            std::string::npos);
   written.offsets = {0, 7};
   EXPECT_NE(written.refusal("last").find("the last offset is 7, but there are 6 tokens"),
             std::string::npos);
@@ -111,7 +114,8 @@ TEST(TokenSet, RefusesAnotherVocabularyAndAShortStreamWithBothNumbers) {
     set.require_stream(16);
     FAIL();
   } catch (const UserError& error) {
-    EXPECT_NE(std::string(error.what()).find("holds 9 tokens, but sequence_length asks for windows of 16"),
+    EXPECT_NE(std::string(error.what())
+                  .find("holds 9 tokens, but sequence_length asks for windows of 16"),
               std::string::npos);
   }
 }
@@ -140,7 +144,7 @@ TEST(Sampler, APermutationVisitsEveryIndexOnce) {
       EXPECT_LT(order(i), size);
     }
     EXPECT_EQ(static_cast<int64_t>(seen.size()), size);
-    if (size == 1000) EXPECT_LT(equal, 10);
+    EXPECT_LT(equal, std::max<int64_t>(size / 10, 4));
   }
 }
 
@@ -154,11 +158,13 @@ TEST(Sampler, InstructionRowsAreCutAndOnlyMaskedInTokensAreLabels) {
   const Batch batch = sampler.batch(0, 2);
   EXPECT_EQ(batch.tokens.sizes(), (at::IntArrayRef{2, 3}));
   const bool swapped = batch.tokens[0][0].item<int64_t>() == 3;
-  const at::Tensor short_row = batch.labels[swapped ? 1 : 0], long_row = batch.labels[swapped ? 0 : 1];
+  const at::Tensor short_row = batch.labels[swapped ? 1 : 0],
+                   long_row = batch.labels[swapped ? 0 : 1];
   EXPECT_EQ(values(short_row), (Values{2, kIgnored, kIgnored}));
   EXPECT_EQ(values(long_row), (Values{kIgnored, 5, kIgnored}));  // tokens 3 4 5, cut before 6
   EXPECT_EQ(batch.counted, 2);
-  EXPECT_EQ(TrainingSampler(TokenSet::open(written.write("rows")), 1, 3, true).batch(0, 2).counted, 3);
+  EXPECT_EQ(TrainingSampler(TokenSet::open(written.write("rows")), 1, 3, true).batch(0, 2).counted,
+            3);
 }
 
 TEST(Sampler, ABatchIsItsSequencesWhateverTheMicroBatch) {
