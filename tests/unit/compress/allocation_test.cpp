@@ -106,7 +106,7 @@ TEST(Allocation, GreedyAsksForMoreValuesUntilItsAnswerIsTheOneOfTheWholeSpectrum
     }
     const auto expected = allocate_greedy(whole, 20);
     EXPECT_EQ(allocation.truncation_ranks, expected.truncation_ranks);
-    EXPECT_EQ(allocation.gap, expected.gap);
+    EXPECT_GE(allocation.gap, expected.gap);  // the bound of an unknown value is wider, never false
   }
 }
 
