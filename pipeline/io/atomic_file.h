@@ -2,6 +2,7 @@
 /// Files that exist whole or not at all: written to a temporary name in the same directory, synced,
 /// renamed, the directory synced. What is not committed is removed by the destructor.
 
+#include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <span>
@@ -21,20 +22,31 @@ class AtomicFile {
   void write(const std::string& text);
   /// The temporary name, for libraries that open by name (HDF5).
   const std::filesystem::path& temporary() const { return temporary_; }
+  const std::filesystem::path& target() const { return target_; }
   /// Sync, rename, sync the directory.
   void commit();
 
  private:
   std::filesystem::path target_, temporary_;
   int descriptor_ = -1;
+  bool committed_ = false;
 };
 
 void write_file(const std::filesystem::path& target, const std::string& text);
+/// Throws UserError naming the file when it is missing, no regular file or above the limit.
 std::string read_file(const std::filesystem::path& file, size_t limit_bytes = size_t{1} << 30);
+/// Copies the content, in pieces; the copy appears whole. Replaces what stands there.
+void copy_whole(const std::filesystem::path& source, const std::filesystem::path& target);
+/// Whether the name is one that AtomicFile gives to a file it has not committed.
+bool is_temporary(const std::filesystem::path& file);
 /// Removes temporary files that a killed process of this run left under `directory`.
 void remove_leftovers(const std::filesystem::path& directory);
 /// Throws EnvironmentError with both numbers when fewer than `needed_bytes` are free, or the
 /// directory cannot be created or written.
 void require_space(const std::filesystem::path& directory, int64_t needed_bytes);
+/// "ACTION: <text of error_number>; N bytes free on its file system; ..." as an EnvironmentError
+/// about `file`.
+[[noreturn]] void throw_environment_error(const std::filesystem::path& file,
+                                          const std::string& action, int error_number);
 
 }  // namespace espalier::io

@@ -2,8 +2,12 @@
 /// A model on disk: a directory as `transformers` writes it, or an espalier model directory that
 /// stores only what a stage changed and names the model it stands on.
 ///
-/// A derived directory holds `derived.json` ({"base": DIR, "base_checksum": ...}) and any number of
-/// safetensors files; a tensor found in the directory hides the base's. Chains of any length.
+/// A derived directory holds `derived.json` ({"base": DIR, "base_checksum": ...,
+/// "base_fingerprint":
+/// ...}) and any number of safetensors files; a tensor found in the directory hides the base's.
+/// Chains of up to 64 directories. "base" is relative to the derived directory when the base lies
+/// in the same run directory (below the parent of the stage's directory), so that a run can be
+/// moved; else it is absolute.
 
 #include <ATen/core/Tensor.h>
 
@@ -20,13 +24,16 @@ namespace espalier::io {
 class Checkpoint {
  public:
   /// Opens and checks headers of all files (model.safetensors, or model.safetensors.index.json with
-  /// its shards; derived directories recursively). Throws UserError naming directory and file.
+  /// its shards; derived directories recursively, each base held against the fingerprint in
+  /// derived.json). Throws UserError naming directory and file.
   static Checkpoint open(const std::filesystem::path& directory);
 
   const std::filesystem::path& directory() const;
   /// The directory at the bottom of the chain: config.json, tokenizer files.
   const std::filesystem::path& root() const;
-  /// config.json, parsed (bounded size and depth).
+  /// This directory and those it stands on, down to the root.
+  std::vector<std::filesystem::path> chain() const;
+  /// config.json, parsed (bounded size and depth). Throws UserError when the root has none.
   const nlohmann::json& config() const;
   std::vector<std::string> names() const;  ///< sorted
   bool has(const std::string& name) const;
@@ -34,8 +41,14 @@ class Checkpoint {
   at::Tensor view(const std::string& name) const;
   void drop(const std::string& name) const;
   /// Of all tensors' bytes, by sorted name (dtype, shape, data): equal for a derived model and its
-  /// dense export. Cached in the process; costs one read of the model.
+  /// dense export. Cached in the process by tensor; costs one read of the model the first time.
   std::string tensors_checksum() const;
+  /// Of all tensors' names, dtypes, shapes and a few of their bytes (first, middle, last): costs
+  /// some pages a tensor. Tells another model and a replaced one, not a single altered value.
+  std::string fingerprint() const;
+  /// For a derived model: throws UserError when the base's tensors_checksum is not the one it was
+  /// derived from. Costs one read of the base.
+  void verify_base() const;
   /// Total bytes of the tensors.
   int64_t bytes() const;
 

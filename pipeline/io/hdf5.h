@@ -1,7 +1,7 @@
 #pragma once
-/// A thin RAII layer over HDF5 for espalier's artifacts: datasets of numbers and strings, attributes,
-/// groups. Every size and type is checked against what the file says before memory is allocated;
-/// errors are UserError (reading) or EnvironmentError (writing) naming file and dataset.
+/// A thin RAII layer over HDF5 for espalier's artifacts: datasets of numbers and strings,
+/// attributes, groups. Every size and type is checked against what the file says before memory is
+/// allocated; errors are UserError (reading) or EnvironmentError (writing) naming file and dataset.
 
 #include <ATen/core/Tensor.h>
 
@@ -19,8 +19,8 @@ class Hdf5Reader {
   bool has(const std::string& dataset) const;
   std::vector<std::string> children(const std::string& group = "/") const;  ///< sorted
   std::vector<int64_t> shape(const std::string& dataset) const;
-  /// Whole dataset, converted to nothing: the stored type must be `dtype` (kFloat, kDouble, kHalf as
-  /// 16-bit float, kInt, kLong, kByte, kChar, kBFloat16 as uint16 with attribute "bfloat16").
+  /// Whole dataset, converted to nothing: the stored type must be `dtype` (kFloat, kDouble, kHalf
+  /// as 16-bit float, kInt, kLong, kByte, kChar, kBFloat16 as uint16 with attribute "bfloat16").
   at::Tensor read(const std::string& dataset, at::ScalarType dtype) const;
   /// Elements [begin, begin + count) along the first dimension.
   at::Tensor read(const std::string& dataset, at::ScalarType dtype, int64_t begin,

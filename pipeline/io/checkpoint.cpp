@@ -1,0 +1,364 @@
+#include "pipeline/io/checkpoint.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <mutex>
+#include <unordered_map>
+
+#include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
+#include "pipeline/io/checksum.h"
+#include "pipeline/io/json.h"
+
+namespace espalier::io {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+constexpr size_t kMaxChain = 64;
+
+/// A tensor and the file that holds it.
+struct Place {
+  SafetensorsFile file;
+  const TensorInfo* info;
+};
+
+using Places = std::map<std::string, Place>;
+
+void add_file(Places& places, const SafetensorsFile& file) {
+  for (const auto& [name, info] : file.tensors()) {
+    const auto [place, added] = places.try_emplace(name, Place{file, &info});
+    if (!added) {
+      throw UserError(
+          fmt::format("{}: tensor \"{}\" stands in {} too; one of the files is left over "
+                      "from another model, remove it",
+                      file.path().string(), name, place->second.file.path().string()));
+    }
+  }
+}
+
+/// The shard that an index names: a plain file name, so that no index reads elsewhere.
+std::string checked_shard_name(const json& value, const std::string& tensor,
+                               const fs::path& index) {
+  const std::string name = value.is_string() ? value.get<std::string>() : "";
+  if (name.empty() || name == "." || name == ".." || name.find('/') != std::string::npos ||
+      name.find('\0') != std::string::npos) {
+    throw UserError(fmt::format(
+        "{}: tensor \"{}\" is said to be in {}, which is not the name of a file "
+        "beside the index",
+        index.string(), tensor, value.dump(-1, ' ', false, json::error_handler_t::replace)));
+  }
+  return name;
+}
+
+Places open_index(const fs::path& index) {
+  const json content = parse_json(read_file(index, kMaxIndexBytes), index.string());
+  const auto map = content.is_object() ? content.find("weight_map") : content.end();
+  if (map == content.end() || !map->is_object()) {
+    throw UserError(fmt::format("{}: has no object \"weight_map\"", index.string()));
+  }
+  std::map<std::string, SafetensorsFile> shards;
+  Places places;
+  for (const auto& [tensor, value] : map->items()) {
+    const std::string name = checked_shard_name(value, tensor, index);
+    auto shard = shards.find(name);
+    if (shard == shards.end()) {
+      const fs::path path = index.parent_path() / name;
+      if (!fs::exists(path)) {
+        throw UserError(
+            fmt::format("{}: tensor \"{}\" is said to be in {}, and there is no such file; "
+                        "the checkpoint is incomplete, copy it again",
+                        index.string(), tensor, path.string()));
+      }
+      shard = shards.emplace(name, SafetensorsFile(path)).first;
+    }
+    const auto found = shard->second.tensors().find(tensor);
+    if (found == shard->second.tensors().end()) {
+      throw UserError(fmt::format("{}: tensor \"{}\" is said to be in {}, which does not hold it",
+                                  index.string(), tensor, name));
+    }
+    places.emplace(tensor, Place{shard->second, &found->second});
+  }
+  return places;
+}
+
+[[noreturn]] void refuse_directory(const fs::path& directory) {
+  std::error_code error;
+  if (!fs::is_directory(directory, error)) {
+    throw UserError(fmt::format("{}: there is no such model directory", directory.string()));
+  }
+  for (const char* pickled : {"pytorch_model.bin", "pytorch_model.bin.index.json"}) {
+    if (fs::exists(directory / pickled)) {
+      throw UserError(fmt::format(
+          "{0}: holds {1}, which only Python can read; convert it: python3 -c \"from transformers "
+          "import "
+          "AutoModelForCausalLM, AutoTokenizer; AutoModelForCausalLM.from_pretrained('{0}')"
+          ".save_pretrained('NEW'); AutoTokenizer.from_pretrained('{0}').save_pretrained('NEW')\", "
+          "then "
+          "give NEW",
+          directory.string(), pickled));
+    }
+  }
+  throw UserError(
+      fmt::format("{}: holds none of {}, {}, {}; a model directory as transformers writes "
+                  "it is expected",
+                  directory.string(), kWeightsFile, kIndexFile, kDerivedFile));
+}
+
+Places open_plain(const fs::path& directory) {
+  // The second pair is what the diffusers library writes.
+  for (const char* stem : {"model.safetensors", "diffusion_pytorch_model.safetensors"}) {
+    const fs::path whole = directory / stem;
+    const fs::path index = directory / (std::string(stem) + ".index.json");
+    if (fs::exists(whole)) {
+      Places places;
+      add_file(places, SafetensorsFile(whole));
+      return places;
+    }
+    if (fs::exists(index)) return open_index(index);
+  }
+  refuse_directory(directory);
+}
+
+std::string text_field(const json& content, const char* key, const fs::path& file) {
+  const auto found = content.is_object() ? content.find(key) : content.end();
+  if (found == content.end() || !found->is_string()) {
+    throw UserError(fmt::format("{}: has no text \"{}\"", file.string(), key));
+  }
+  return found->get<std::string>();
+}
+
+/// Length before each text, so that no two lists of texts read the same.
+void append_text(std::string& list, const std::string& text) {
+  list += fmt::format("{}:{}", text.size(), text);
+}
+
+std::string describe(const std::string& name, const TensorInfo& info) {
+  std::string text;
+  append_text(text, name);
+  append_text(text, safetensors_dtype(info.dtype));
+  append_text(text, fmt::format("{}", fmt::join(info.shape, ",")));
+  return text;
+}
+
+/// Checksums of tensors already read by this process, by the identity of their file.
+class ChecksumCache {
+ public:
+  std::string of(const std::string& name, const Place& place) {
+    const std::string key = fmt::format("{}@{}", place.file.identity(), place.info->begin);
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = known_.find(key);
+      if (found != known_.end()) return found->second;
+    }
+    const at::Tensor view = place.file.view(name);
+    const std::string result =
+        checksum({static_cast<const std::byte*>(view.const_data_ptr()), view.nbytes()});
+    place.file.drop(name);
+    const std::lock_guard lock(mutex_);
+    return known_.emplace(key, result).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, std::string> known_;
+};
+
+ChecksumCache& checksum_cache() {
+  static ChecksumCache cache;
+  return cache;
+}
+
+/// First, middle and last bytes of a tensor.
+std::string samples(const std::string& name, const Place& place) {
+  constexpr int64_t kSample = 256;
+  const at::Tensor view = place.file.view(name);
+  const auto* data = static_cast<const char*>(view.const_data_ptr());
+  const int64_t bytes = place.info->bytes();
+  const int64_t count = std::min(kSample, bytes);
+  std::string text;
+  for (const int64_t begin : {int64_t{0}, (bytes - count) / 2, bytes - count}) {
+    text.append(data + begin, static_cast<size_t>(count));
+  }
+  place.file.drop(name);
+  return checksum(text);
+}
+
+}  // namespace
+
+struct Checkpoint::State {
+  fs::path directory;
+  fs::path root;
+  json config;
+  Places places;
+  std::shared_ptr<const State> base;  // null when this is the root
+  std::string base_checksum;
+
+  const Place& place(const std::string& name) const {
+    const auto found = places.find(name);
+    if (found == places.end()) {
+      throw UserError(fmt::format("{}: the model has no tensor \"{}\"", directory.string(), name));
+    }
+    return found->second;
+  }
+
+  static std::shared_ptr<State> open(const fs::path& directory, std::vector<fs::path>& chain);
+  void open_root();
+  void open_derived(std::vector<fs::path>& chain);
+};
+
+std::shared_ptr<Checkpoint::State> Checkpoint::State::open(const fs::path& directory,
+                                                           std::vector<fs::path>& chain) {
+  std::error_code error;
+  const fs::path canonical = fs::weakly_canonical(directory, error);
+  if (std::find(chain.begin(), chain.end(), canonical) != chain.end()) {
+    throw UserError(
+        fmt::format("{}: the model stands on itself: {} names as base a directory that "
+                    "leads back here; export the model dense",
+                    directory.string(), kDerivedFile));
+  }
+  if (chain.size() == kMaxChain) {
+    throw UserError(
+        fmt::format("{}: stands on a chain of more than {} models; export one of them dense "
+                    "and start from that",
+                    chain.front().string(), kMaxChain));
+  }
+  chain.push_back(canonical);
+  auto state = std::make_shared<State>();
+  state->directory = directory;
+  if (fs::exists(directory / kDerivedFile)) {
+    state->open_derived(chain);
+  } else {
+    state->open_root();
+  }
+  return state;
+}
+
+void Checkpoint::State::open_root() {
+  root = directory;
+  places = open_plain(directory);
+  const fs::path file = directory / kConfigFile;
+  if (!fs::exists(file)) return;
+  config = parse_json(read_file(file, kMaxConfigBytes), file.string());
+  if (!config.is_object()) {
+    throw UserError(fmt::format("{}: is not a JSON object", file.string()));
+  }
+}
+
+void Checkpoint::State::open_derived(std::vector<fs::path>& chain) {
+  const fs::path file = directory / kDerivedFile;
+  const json content = parse_json(read_file(file, kMaxConfigBytes), file.string());
+  const fs::path named = text_field(content, "base", file);
+  const fs::path base_directory = (directory / named).lexically_normal();
+  if (!fs::is_directory(base_directory)) {
+    throw UserError(
+        fmt::format("{}: its base {} is no directory; put the base model back there, or "
+                    "write its new place into \"base\"",
+                    file.string(), base_directory.string()));
+  }
+  base = open(base_directory, chain);
+  base_checksum = text_field(content, "base_checksum", file);
+  Checkpoint base_model;
+  base_model.state_ = std::const_pointer_cast<State>(base);
+  const std::string expected = text_field(content, "base_fingerprint", file);
+  const std::string found = base_model.fingerprint();
+  if (found != expected) {
+    throw UserError(
+        fmt::format("{}: its base {} is not the model that it was derived from (fingerprint "
+                    "{}, expected {}); put that model back or run the stage again",
+                    file.string(), base_directory.string(), found, expected));
+  }
+  root = base->root;
+  config = base->config;
+  for (const std::string& name : safetensors_files(directory)) {
+    add_file(places, SafetensorsFile(directory / name));
+  }
+  places.insert(base->places.begin(), base->places.end());  // keeps what is there
+}
+
+Checkpoint Checkpoint::open(const std::filesystem::path& directory) {
+  std::vector<fs::path> chain;
+  Checkpoint checkpoint;
+  checkpoint.state_ = State::open(directory, chain);
+  return checkpoint;
+}
+
+const std::filesystem::path& Checkpoint::directory() const { return state_->directory; }
+const std::filesystem::path& Checkpoint::root() const { return state_->root; }
+
+std::vector<std::filesystem::path> Checkpoint::chain() const {
+  std::vector<fs::path> directories;
+  for (const State* state = state_.get(); state != nullptr; state = state->base.get()) {
+    directories.push_back(state->directory);
+  }
+  return directories;
+}
+
+const nlohmann::json& Checkpoint::config() const {
+  if (state_->config.is_null()) {
+    throw UserError(
+        fmt::format("{}: there is no such file, and without it the architecture is unknown",
+                    (state_->root / kConfigFile).string()));
+  }
+  return state_->config;
+}
+
+std::vector<std::string> Checkpoint::names() const {
+  std::vector<std::string> names;
+  for (const auto& entry : state_->places) names.push_back(entry.first);
+  return names;
+}
+
+bool Checkpoint::has(const std::string& name) const { return state_->places.count(name) > 0; }
+
+const TensorInfo& Checkpoint::info(const std::string& name) const {
+  return *state_->place(name).info;
+}
+
+at::Tensor Checkpoint::view(const std::string& name) const {
+  return state_->place(name).file.view(name);
+}
+
+void Checkpoint::drop(const std::string& name) const { state_->place(name).file.drop(name); }
+
+std::string Checkpoint::tensors_checksum() const {
+  std::string list;
+  for (const auto& [name, place] : state_->places) {
+    list += describe(name, *place.info) + checksum_cache().of(name, place);
+  }
+  return checksum(list);
+}
+
+std::string Checkpoint::fingerprint() const {
+  std::string list;
+  for (const auto& [name, place] : state_->places) {
+    list += describe(name, *place.info) + samples(name, place);
+  }
+  return checksum(list);
+}
+
+void Checkpoint::verify_base() const {
+  if (state_->base == nullptr) return;
+  Checkpoint base;
+  base.state_ = std::const_pointer_cast<State>(state_->base);
+  const std::string found = base.tensors_checksum();
+  if (found != state_->base_checksum) {
+    throw UserError(
+        fmt::format("{}: its base {} was altered since (checksum {}, expected {}); put the "
+                    "base model back or run the stage again",
+                    (state_->directory / kDerivedFile).string(), base.directory().string(), found,
+                    state_->base_checksum));
+  }
+}
+
+int64_t Checkpoint::bytes() const {
+  int64_t total = 0;
+  for (const auto& entry : state_->places) total += entry.second.info->bytes();
+  return total;
+}
+
+}  // namespace espalier::io

@@ -1,0 +1,27 @@
+#pragma once
+/// The dtypes of safetensors that espalier reads and writes.
+
+#include <c10/core/ScalarType.h>
+
+#include <array>
+#include <string_view>
+
+namespace espalier::io {
+
+struct DtypeName {
+  std::string_view name;
+  at::ScalarType dtype;
+};
+
+inline constexpr std::array<DtypeName, 10> kDtypeNames = {{{"F64", at::kDouble},
+                                                           {"F32", at::kFloat},
+                                                           {"F16", at::kHalf},
+                                                           {"BF16", at::kBFloat16},
+                                                           {"I64", at::kLong},
+                                                           {"I32", at::kInt},
+                                                           {"I16", at::kShort},
+                                                           {"I8", at::kChar},
+                                                           {"U8", at::kByte},
+                                                           {"BOOL", at::kBool}}};
+
+}  // namespace espalier::io
