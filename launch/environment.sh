@@ -1,0 +1,69 @@
+# shellcheck shell=bash
+# Sourced by every script of this folder: where things are, and how the scripts speak.
+#
+# Variables that a person may set:
+#   ESPALIER_VENV      virtual environment of the Python periphery      (<source>/.venv)
+#   ESPALIER_PYTHON    Python 3.11 or newer that makes that environment (python3)
+#   ESPALIER_LIBTORCH  a LibTorch that is there already, 2.4 or newer: the folder with include/ and
+#                      lib/ (also .../site-packages/torch); then none is installed
+#   ESPALIER_BUILD     where to build                                   (<source>/build)
+#   ESPALIER_WORK      models, texts and data sets made here            (<source>/.espalier)
+#   ESPALIER_JOBS      compilers at a time                              (all cores)
+#   ESPALIER_MPIRUN_ARGUMENTS  added to every mpirun, e.g. "--mca btl tcp,self"
+# CMake's own variables (CMAKE_PREFIX_PATH, CXX, HDF5_ROOT, ...) are honoured, so modules work.
+
+ESPALIER_SOURCE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+: "${ESPALIER_VENV:=$ESPALIER_SOURCE/.venv}"
+: "${ESPALIER_PYTHON:=python3}"
+: "${ESPALIER_LIBTORCH:=}"
+: "${ESPALIER_BUILD:=$ESPALIER_SOURCE/build}"
+: "${ESPALIER_WORK:=$ESPALIER_SOURCE/.espalier}"
+: "${ESPALIER_JOBS:=$(nproc)}"
+: "${ESPALIER_MPIRUN_ARGUMENTS:=}"
+export ESPALIER_SOURCE ESPALIER_VENV ESPALIER_LIBTORCH ESPALIER_BUILD ESPALIER_WORK ESPALIER_JOBS
+
+# OpenMPI asks for a clear word before it runs as root, and root usually means a container, where
+# reading another process's memory is not allowed either.
+if [ "$(id -u)" = 0 ]; then
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+  export OMPI_MCA_btl_vader_single_copy_mechanism="${OMPI_MCA_btl_vader_single_copy_mechanism:-none}"
+fi
+
+say() { printf 'espalier: %s\n' "$*"; }
+fail() {
+  printf 'espalier: %s\n' "$*" >&2
+  exit 1
+}
+
+# step NAME COMMAND...: one plain line with what was done and how long it took. The command's output
+# goes to a log, which is shown when it fails.
+step() {
+  local name="$1" log started=$SECONDS
+  shift
+  mkdir -p "$ESPALIER_WORK/log"
+  log="$ESPALIER_WORK/log/$(printf '%s' "$name" | tr -c 'A-Za-z0-9' '-').txt"
+  if ! "$@" >"$log" 2>&1 </dev/null; then
+    tail -n 60 "$log" >&2
+    fail "$name: failed after $((SECONDS - started)) s; the whole output is in $log"
+  fi
+  say "$name: done in $((SECONDS - started)) s"
+}
+
+# attempt COMMAND...: package registries have hiccups; three tries, then the failure is real.
+attempt() {
+  local try
+  for try in 1 2 3; do
+    "$@" && return 0
+    [ "$try" = 3 ] || { printf 'try %s failed, the next follows in %s s\n' "$try" $((try * 10)); sleep $((try * 10)); }
+  done
+  return 1
+}
+
+# The LibTorch to build with: the person's, or the one of the virtual environment.
+libtorch_folder() {
+  local folder="$ESPALIER_LIBTORCH"
+  if [ -z "$folder" ]; then
+    for folder in "$ESPALIER_VENV"/lib/python3.*/site-packages/torch; do :; done
+  fi
+  printf '%s' "$folder"
+}

@@ -1,0 +1,237 @@
+#include "pipeline/data/token_set.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "pipeline/errors.h"
+#include "pipeline/io/checksum.h"
+#include "pipeline/io/hdf5.h"
+
+namespace espalier::data {
+
+namespace {
+
+constexpr int64_t kPiece = int64_t{1} << 22;  // elements read at a time when the whole file is read
+constexpr int64_t kKeptTokens = int64_t{1} << 24;  // a set up to this size stays in memory
+
+[[noreturn]] void fail(const std::filesystem::path& file, const std::string& message) {
+  throw UserError(fmt::format(
+      "{}: {}; make the file anew with launch/prepare_data.py", file.string(), message));
+}
+
+int64_t vector_length(const io::Hdf5Reader& reader, const std::filesystem::path& file,
+                      const std::string& dataset) {
+  if (!reader.has(dataset)) fail(file, fmt::format("there is no dataset {}", dataset));
+  const std::vector<int64_t> shape = reader.shape(dataset);
+  if (shape.size() != 1)
+    fail(file, fmt::format("{} has {} dimensions, 1 is expected", dataset, shape.size()));
+  return shape[0];
+}
+
+std::string bytes_checksum(const at::Tensor& values) {
+  return io::checksum(std::span(static_cast<const std::byte*>(values.const_data_ptr()),
+                                static_cast<size_t>(values.nbytes())));
+}
+
+}  // namespace
+
+struct TokenSet::State {
+  explicit State(const std::filesystem::path& path) : path(path), reader(path) {}
+
+  std::filesystem::path path;
+  io::Hdf5Reader reader;
+  std::string kind, tokenizer_checksum, checksum;
+  int64_t vocabulary_size = 0, end_token = 0, tokens = 0;
+  bool has_loss_mask = false;
+  std::vector<int64_t> offsets;
+  at::Tensor kept_tokens, kept_mask;  // the whole datasets when the set is small
+
+  int64_t documents() const { return static_cast<int64_t>(offsets.size()) - 1; }
+  int64_t separators() const { return documents() > 1 && end_token >= 0 ? 1 : 0; }
+  /// Where document d starts in the stream.
+  int64_t stream_offset(int64_t d) const { return offsets[d] + d * separators(); }
+
+  void read_attributes();
+  void read_offsets();
+  void check_tokens();
+  void check_loss_mask();
+  at::Tensor tokens_at(int64_t begin, int64_t count) const {
+    return kept_tokens.defined() ? kept_tokens.narrow(0, begin, count)
+                                 : reader.read("/tokens", at::kInt, begin, count);
+  }
+  at::Tensor mask_at(int64_t begin, int64_t count) const {
+    if (!has_loss_mask) return at::ones({count}, at::kByte);
+    return kept_mask.defined() ? kept_mask.narrow(0, begin, count)
+                               : reader.read("/loss_mask", at::kByte, begin, count);
+  }
+  at::Tensor gather_stream(int64_t begin, int64_t count, at::ScalarType type,
+                           const std::function<at::Tensor(int64_t, int64_t)>& read,
+                           const std::function<int64_t(int64_t)>& separator) const;
+};
+
+void TokenSet::State::read_attributes() {
+  for (const char* name : {"kind", "tokenizer_checksum", "vocabulary_size", "end_token"})
+    if (!reader.has_attribute("/", name)) fail(path, fmt::format("attribute {} is missing", name));
+  kind = reader.text_attribute("/", "kind");
+  tokenizer_checksum = reader.text_attribute("/", "tokenizer_checksum");
+  vocabulary_size = reader.integer_attribute("/", "vocabulary_size");
+  end_token = reader.integer_attribute("/", "end_token");
+  if (vocabulary_size <= 0)
+    fail(path, fmt::format("vocabulary_size {} is not positive", vocabulary_size));
+  if (end_token < -1 || end_token >= vocabulary_size)
+    fail(path, fmt::format("end_token {} is outside [0, {}) and not -1 (none)", end_token,
+                           vocabulary_size));
+}
+
+void TokenSet::State::read_offsets() {
+  tokens = vector_length(reader, path, "/tokens");
+  if (vector_length(reader, path, "/offsets") < 2 || tokens == 0)
+    fail(path, "the data set is empty: it has no document with a token");
+  const at::Tensor values = reader.read("/offsets", at::kLong).contiguous();
+  const int64_t* data = values.const_data_ptr<int64_t>();
+  offsets.assign(data, data + values.numel());
+  if (offsets.front() != 0) fail(path, fmt::format("offsets[0] is {}, not 0", offsets.front()));
+  for (size_t d = 1; d < offsets.size(); ++d)
+    if (offsets[d] < offsets[d - 1])
+      fail(path, fmt::format("offsets[{}] = {} is below offsets[{}] = {}", d, offsets[d], d - 1,
+                             offsets[d - 1]));
+  if (offsets.back() != tokens)
+    fail(path, fmt::format("the last offset is {}, but there are {} tokens", offsets.back(), tokens));
+  checksum += bytes_checksum(values);
+}
+
+void TokenSet::State::check_tokens() {
+  for (int64_t begin = 0; begin < tokens; begin += kPiece) {
+    const at::Tensor piece =
+        reader.read("/tokens", at::kInt, begin, std::min(kPiece, tokens - begin)).contiguous();
+    const int32_t* ids = piece.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < piece.numel(); ++i)
+      if (ids[i] < 0 || ids[i] >= vocabulary_size)
+        fail(path, fmt::format("token {} is {}, outside the vocabulary [0, {})", begin + i, ids[i],
+                               vocabulary_size));
+    checksum += bytes_checksum(piece);
+  }
+  if (tokens <= kKeptTokens) kept_tokens = reader.read("/tokens", at::kInt).contiguous();
+}
+
+void TokenSet::State::check_loss_mask() {
+  has_loss_mask = reader.has("/loss_mask");
+  if (!has_loss_mask) return;
+  const int64_t length = vector_length(reader, path, "/loss_mask");
+  if (length != tokens)
+    fail(path, fmt::format("/loss_mask has {} entries for {} tokens", length, tokens));
+  for (int64_t begin = 0; begin < tokens; begin += kPiece)
+    checksum += bytes_checksum(
+        reader.read("/loss_mask", at::kByte, begin, std::min(kPiece, tokens - begin)).contiguous());
+  if (tokens <= kKeptTokens) kept_mask = reader.read("/loss_mask", at::kByte).contiguous();
+}
+
+at::Tensor TokenSet::State::gather_stream(
+    int64_t begin, int64_t count, at::ScalarType type,
+    const std::function<at::Tensor(int64_t, int64_t)>& read,
+    const std::function<int64_t(int64_t)>& separator) const {
+  const int64_t length = stream_offset(documents());
+  if (begin < 0 || count < 0 || count > length - begin)
+    throw DefectError(fmt::format("{}: stream range [{}, {}) of {} tokens", path.string(), begin,
+                                  begin + count, length));
+  // The last document that starts at or before `begin`; offsets + d is increasing in d.
+  int64_t low = 0, high = documents() - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (stream_offset(middle) <= begin)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  at::Tensor out = at::empty({count}, type);
+  int64_t filled = 0;
+  for (int64_t d = low; filled < count; ++d) {
+    const int64_t inside = begin + filled - stream_offset(d);
+    const int64_t take = std::min(offsets[d + 1] - offsets[d] - inside, count - filled);
+    if (take > 0) {
+      out.narrow(0, filled, take).copy_(read(offsets[d] + inside, take));
+      filled += take;
+    }
+    if (separators() && filled < count) out[filled++] = separator(d);
+  }
+  return out;
+}
+
+TokenSet TokenSet::open(const std::filesystem::path& file) {
+  auto state = std::make_shared<State>(file);
+  state->read_attributes();
+  state->read_offsets();
+  state->check_tokens();
+  state->check_loss_mask();
+  state->checksum = io::checksum(state->checksum);
+  TokenSet set;
+  set.state_ = std::move(state);
+  return set;
+}
+
+const std::filesystem::path& TokenSet::path() const { return state_->path; }
+const std::string& TokenSet::kind() const { return state_->kind; }
+const std::string& TokenSet::tokenizer_checksum() const { return state_->tokenizer_checksum; }
+int64_t TokenSet::vocabulary_size() const { return state_->vocabulary_size; }
+int64_t TokenSet::end_token() const { return state_->end_token; }
+const std::string& TokenSet::checksum() const { return state_->checksum; }
+int64_t TokenSet::documents() const { return state_->documents(); }
+bool TokenSet::has_loss_mask() const { return state_->has_loss_mask; }
+
+int64_t TokenSet::document_tokens(int64_t document) const {
+  return state_->offsets.at(document + 1) - state_->offsets.at(document);
+}
+
+at::Tensor TokenSet::document(int64_t document, int64_t begin, int64_t count) const {
+  if (begin < 0 || count < 0 || count > document_tokens(document) - begin)
+    throw DefectError(fmt::format("{}: range [{}, {}) of document {} with {} tokens",
+                                  path().string(), begin, begin + count, document,
+                                  document_tokens(document)));
+  return state_->tokens_at(state_->offsets[document] + begin, count).to(at::kLong);
+}
+
+at::Tensor TokenSet::loss_mask(int64_t document, int64_t begin, int64_t count) const {
+  return state_->mask_at(state_->offsets.at(document) + begin, count).to(at::kBool);
+}
+
+int64_t TokenSet::stream_tokens() const { return state_->stream_offset(documents()); }
+
+at::Tensor TokenSet::stream(int64_t begin, int64_t count) const {
+  const State& state = *state_;
+  return state.gather_stream(
+      begin, count, at::kLong, [&](int64_t at, int64_t n) { return state.tokens_at(at, n); },
+      [&](int64_t) { return state.end_token; });
+}
+
+at::Tensor TokenSet::stream_loss_mask(int64_t begin, int64_t count) const {
+  const State& state = *state_;
+  return state.gather_stream(
+      begin, count, at::kBool, [&](int64_t at, int64_t n) { return state.mask_at(at, n); },
+      [&](int64_t d) {
+        if (!state.has_loss_mask || state.offsets[d] == state.offsets[d + 1]) return int64_t{1};
+        return state.mask_at(state.offsets[d + 1] - 1, 1).item<int64_t>();
+      });
+}
+
+void TokenSet::require_vocabulary(int64_t model_vocabulary_size, const std::string& model) const {
+  if (vocabulary_size() != model_vocabulary_size)
+    throw UserError(fmt::format(
+        "{}: made with a vocabulary of {} tokens, but the model {} has {}; prepare the data with "
+        "this model's tokenizer",
+        path().string(), vocabulary_size(), model, model_vocabulary_size));
+}
+
+void TokenSet::require_stream(int64_t sequence_length) const {
+  if (stream_tokens() < sequence_length)
+    throw UserError(fmt::format(
+        "{}: holds {} tokens, but sequence_length asks for windows of {}; give more text or a "
+        "shorter sequence_length",
+        path().string(), stream_tokens(), sequence_length));
+}
+
+}  // namespace espalier::data

@@ -1,0 +1,151 @@
+#include "pipeline/model/architecture.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <cmath>
+#include <map>
+
+#include "pipeline/errors.h"
+
+namespace espalier::model {
+namespace {
+
+std::map<std::string, ArchitectureRegistration::Reader>& readers() {
+  static std::map<std::string, ArchitectureRegistration::Reader> all;
+  return all;
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
+
+/// Refuses a checkpoint that lacks the tensor or holds it in another shape.
+void require(const io::Checkpoint& checkpoint, const std::string& name,
+             const std::vector<int64_t>& shape) {
+  const std::string where = checkpoint.directory().string();
+  if (!checkpoint.has(name))
+    throw UserError(fmt::format("{}: tensor {} is missing; config.json asks for it with shape {}",
+                                where, name, shape_text(shape)));
+  const auto& info = checkpoint.info(name);
+  if (info.shape != shape)
+    throw UserError(fmt::format("{}: tensor {} has shape {}, config.json asks for {}", where, name,
+                                shape_text(info.shape), shape_text(shape)));
+  if (info.dtype != at::kFloat && info.dtype != at::kBFloat16 && info.dtype != at::kHalf)
+    throw UserError(fmt::format("{}: tensor {} is {}; float32, bfloat16 and float16 are read", where,
+                                name, c10::toString(info.dtype)));
+}
+
+void require_tensors(const Architecture& a, const io::Checkpoint& checkpoint) {
+  const auto names = [&](const Names& n, const std::string& prefix) {
+    if (!n.weight.empty()) require(checkpoint, prefix + n.weight, {a.hidden});
+    if (!n.bias.empty()) require(checkpoint, prefix + n.bias, {a.hidden});
+  };
+  require(checkpoint, a.token_embedding, {a.vocabulary, a.hidden});
+  if (!a.position_embedding.empty())
+    require(checkpoint, a.position_embedding, {a.max_positions, a.hidden});
+  names(a.embedding_norm, "");
+  names(a.final_norm, "");
+  if (!a.head.empty()) require(checkpoint, a.head, {a.vocabulary, a.hidden});
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    for (const auto& linear : a.linears) {
+      require(checkpoint, a.weight_name(block, linear), {linear.out, linear.in});
+      if (linear.bias) require(checkpoint, a.bias_name(block, linear), {linear.out});
+    }
+    names(a.attention_norm, a.tensor_name(block, ""));
+    names(a.feed_forward_norm, a.tensor_name(block, ""));
+  }
+}
+
+}  // namespace
+
+const Linear* Architecture::find(Role role) const {
+  for (const auto& linear : linears)
+    if (linear.role == role) return &linear;
+  return nullptr;
+}
+
+std::string Architecture::tensor_name(int64_t block, const std::string& relative) const {
+  return fmt::format("{}{}.{}", block_prefix, block, relative);
+}
+std::string Architecture::weight_name(int64_t block, const Linear& linear) const {
+  return tensor_name(block, linear.name + ".weight");
+}
+std::string Architecture::bias_name(int64_t block, const Linear& linear) const {
+  return tensor_name(block, linear.name + ".bias");
+}
+
+ArchitectureRegistration::ArchitectureRegistration(const std::string& model_type, Reader reader) {
+  readers()[model_type] = reader;
+}
+
+Architecture read_architecture(const io::Checkpoint& checkpoint) {
+  const auto& config = checkpoint.config();
+  const std::string where = (checkpoint.root() / "config.json").string();
+  const std::string type = ConfigReader(config, where).text_or("model_type", "");
+  const auto found = readers().find(type);
+  if (found == readers().end()) {
+    std::vector<std::string> known;
+    for (const auto& [name, reader] : readers()) known.push_back(name);
+    throw UserError(fmt::format("{}: model_type \"{}\" is not one espalier knows: {}", where, type,
+                                fmt::join(known, ", ")));
+  }
+  Architecture architecture = found->second(config, checkpoint);
+  architecture.model_type = type;
+  require_tensors(architecture, checkpoint);
+  return architecture;
+}
+
+bool ConfigReader::has(const std::string& key) const {
+  return config_.is_object() && config_.contains(key) && !config_[key].is_null();
+}
+
+int64_t ConfigReader::integer(const std::string& key, int64_t low, int64_t high) const {
+  if (!has(key)) fail(key + " is missing");
+  const auto& value = config_[key];
+  if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<uint64_t>() > INT64_MAX))
+    fail(fmt::format("{} is {}; a whole number is expected", key, value.dump().substr(0, 40)));
+  const int64_t v = value.get<int64_t>();
+  if (v < low || v > high) fail(fmt::format("{}: {} is outside [{}, {}]", key, v, low, high));
+  return v;
+}
+
+int64_t ConfigReader::integer_or(const std::string& key, int64_t otherwise, int64_t low,
+                                 int64_t high) const {
+  return has(key) ? integer(key, low, high) : otherwise;
+}
+
+double ConfigReader::number(const std::string& key) const {
+  if (!has(key)) fail(key + " is missing");
+  if (!config_[key].is_number()) fail(key + " is not a number");
+  const double v = config_[key].get<double>();
+  if (!std::isfinite(v)) fail(key + " is not finite");
+  return v;
+}
+
+double ConfigReader::number_or(const std::string& key, double otherwise) const {
+  return has(key) ? number(key) : otherwise;
+}
+
+bool ConfigReader::flag_or(const std::string& key, bool otherwise) const {
+  if (!has(key)) return otherwise;
+  if (!config_[key].is_boolean()) fail(key + " is not true or false");
+  return config_[key].get<bool>();
+}
+
+std::string ConfigReader::text_or(const std::string& key, const std::string& otherwise) const {
+  if (!has(key)) return otherwise;
+  if (!config_[key].is_string()) fail(key + " is not a text");
+  return config_[key].get<std::string>();
+}
+
+ConfigReader ConfigReader::child(const std::string& key) const {
+  if (!has(key) || !config_[key].is_object()) fail(key + " is not a mapping");
+  return {config_[key], where_ + ": " + key};
+}
+
+void ConfigReader::fail(const std::string& message) const {
+  throw UserError(where_ + ": " + message);
+}
+
+}  // namespace espalier::model

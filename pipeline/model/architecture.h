@@ -1,0 +1,109 @@
+#pragma once
+/// An architecture as data: names, shapes, norms, positions. Each family is one file that reads its
+/// config.json and registers itself (llama.cpp, bert.cpp); the block itself is written once (block.h).
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pipeline/io/checkpoint.h"
+
+namespace espalier::model {
+
+enum class Norm { rms, layer };
+enum class Activation { silu, gelu, gelu_tanh, relu };
+enum class Task { causal, encoder };
+
+/// A norm's or embedding's tensors; names relative to the block, or whole. Empty: absent.
+struct Names {
+  std::string weight, bias;
+  bool present() const { return !weight.empty(); }
+};
+
+/// The distinct inputs of a block's linear layers; a Gram is collected once for each.
+enum Input : int { kAttentionInput, kAttentionOutput, kFeedForwardInput, kFeedForwardMiddle };
+inline constexpr int kInputs = 4;
+
+/// The roles of a block's linear layers, in the order in which they are computed.
+enum Role : int { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown };
+inline constexpr int kRoles = 7;
+
+/// One linear layer of a block: y = x W^T + b, W [out, in].
+struct Linear {
+  Role role;
+  Input input;
+  std::string name;  ///< relative to the block: "self_attn.q_proj"; targets match its last part
+  int64_t out = 0, in = 0;
+  bool bias = false;
+};
+
+/// Rotary positions: feature i of a head turns with feature i + rotated/2.
+struct Rotary {
+  double theta = 0;
+  int64_t rotated = 0;      ///< features of a head that turn
+  std::string type = "default";  ///< default, linear, llama3
+  double factor = 1, low_frequency_factor = 1, high_frequency_factor = 4;
+  int64_t original_positions = 0;
+};
+
+struct Architecture {
+  std::string model_type;
+  Task task = Task::causal;
+  int64_t hidden = 0, blocks = 0, heads = 0, key_value_heads = 0, head_size = 0, intermediate = 0;
+  int64_t vocabulary = 0, max_positions = 0;
+  Norm norm = Norm::rms;
+  double norm_epsilon = 0;
+  bool norm_first = true;  ///< norm before attention and feed-forward; otherwise after the addition
+  Activation activation = Activation::silu;
+  std::optional<Rotary> rotary;
+  std::optional<int64_t> sliding_window;  ///< a token sees this many, itself among them
+  bool tied_head = false;
+
+  std::string block_prefix;  ///< "model.layers." ; block b's tensors start with prefix + b + "."
+  std::vector<Linear> linears;  ///< of every block, in the order of Role
+  Names attention_norm, feed_forward_norm;  ///< relative to the block
+  std::string token_embedding, position_embedding, type_embedding;
+  Names embedding_norm, final_norm;
+  std::string head;  ///< output embedding; the token embedding's name when tied
+
+  bool gated() const { return linears.size() == kRoles; }
+  const Linear* find(Role role) const;
+  std::string tensor_name(int64_t block, const std::string& relative) const;
+  std::string weight_name(int64_t block, const Linear& linear) const;
+  std::string bias_name(int64_t block, const Linear& linear) const;
+};
+
+/// Reads config.json by its model_type and checks that the checkpoint holds every tensor the
+/// architecture names, in its shape. Throws UserError naming directory, tensor and both shapes, or
+/// the architectures there are.
+Architecture read_architecture(const io::Checkpoint& checkpoint);
+
+/// A family registers how its config.json reads: const ArchitectureRegistration r{"llama", read};
+struct ArchitectureRegistration {
+  using Reader = Architecture (*)(const nlohmann::json& config, const io::Checkpoint& checkpoint);
+  ArchitectureRegistration(const std::string& model_type, Reader reader);
+};
+
+/// Typed reading of config.json, with bounds; UserError naming the directory and the key.
+class ConfigReader {
+ public:
+  ConfigReader(const nlohmann::json& config, std::string where) : config_(config), where_(where) {}
+  int64_t integer(const std::string& key, int64_t low, int64_t high) const;
+  int64_t integer_or(const std::string& key, int64_t otherwise, int64_t low, int64_t high) const;
+  double number(const std::string& key) const;
+  double number_or(const std::string& key, double otherwise) const;
+  bool flag_or(const std::string& key, bool otherwise) const;
+  std::string text_or(const std::string& key, const std::string& otherwise) const;
+  bool has(const std::string& key) const;
+  /// The object under key as a reader of its own ("rope_parameters").
+  ConfigReader child(const std::string& key) const;
+  [[noreturn]] void fail(const std::string& message) const;
+
+ private:
+  const nlohmann::json& config_;
+  std::string where_;
+};
+
+}  // namespace espalier::model

@@ -1,0 +1,247 @@
+#include "pipeline/model/block.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+#include <numbers>
+
+#include "pipeline/errors.h"
+#include "pipeline/linalg/product.h"
+#include "pipeline/model/attention.h"
+#include "pipeline/model/kernels.h"
+
+namespace espalier::model {
+namespace {
+
+using kernels::Storage;
+
+Storage storage_of(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat ? Storage::float32 : Storage::bfloat16;
+}
+
+/// A copy in memory of our own: the mapped pages may then go.
+at::Tensor load_tensor(const io::Checkpoint& checkpoint, const std::string& name,
+                       at::ScalarType dtype, const at::Device& device) {
+  at::Tensor out = checkpoint.view(name).to(at::TensorOptions().dtype(dtype).device(device),
+                                            /*non_blocking=*/false, /*copy=*/true);
+  checkpoint.drop(name);
+  return out;
+}
+
+NormWeights load_norm(const io::Checkpoint& checkpoint, const Names& names,
+                      const std::string& prefix, at::ScalarType dtype, const at::Device& device) {
+  NormWeights norm;
+  if (!names.weight.empty())
+    norm.weight = load_tensor(checkpoint, prefix + names.weight, dtype, device);
+  if (!names.bias.empty()) norm.bias = load_tensor(checkpoint, prefix + names.bias, dtype, device);
+  return norm;
+}
+
+struct RmsNorm : torch::autograd::Function<RmsNorm> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
+                            const at::Tensor& weight, double epsilon) {
+    at::Tensor y = at::empty_like(x);
+    at::Tensor inverse_rms = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
+    kernels::rms_norm(storage_of(x), x.const_data_ptr(), weight.const_data_ptr(), x.size(0),
+                      x.size(1), static_cast<float>(epsilon), y.data_ptr(),
+                      inverse_rms.data_ptr<float>());
+    context->save_for_backward({x, weight, inverse_rms});
+    return y;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto saved = context->get_saved_variables();
+    const at::Tensor dy = gradients[0].contiguous();
+    at::Tensor dx = at::empty_like(saved[0]);
+    kernels::rms_norm_backward(storage_of(dx), saved[0].const_data_ptr(), saved[1].const_data_ptr(),
+                               dy.const_data_ptr(), saved[2].const_data_ptr<float>(), dx.size(0),
+                               dx.size(1), dx.data_ptr());
+    return {dx, {}, {}};
+  }
+};
+
+struct SiluTimes : torch::autograd::Function<SiluTimes> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& gate,
+                            const at::Tensor& up) {
+    context->save_for_backward({gate, up});
+    return run(gate, up);
+  }
+  static at::Tensor run(const at::Tensor& gate, const at::Tensor& up) {
+    at::Tensor y = at::empty_like(gate);
+    kernels::silu_times(storage_of(y), gate.const_data_ptr(), up.const_data_ptr(), y.numel(),
+                        y.data_ptr());
+    return y;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const auto saved = context->get_saved_variables();
+    const at::Tensor dy = gradients[0].contiguous();
+    at::Tensor dgate = at::empty_like(saved[0]), dup = at::empty_like(saved[1]);
+    kernels::silu_times_backward(storage_of(dy), saved[0].const_data_ptr(),
+                                 saved[1].const_data_ptr(), dy.const_data_ptr(), dy.numel(),
+                                 dgate.data_ptr(), dup.data_ptr());
+    return {dgate, dup};
+  }
+};
+
+/// silu(gate) * up.
+at::Tensor gated_silu(const at::Tensor& gate, const at::Tensor& up) {
+  if (!gate.is_cpu()) return at::silu(gate) * up;
+  if (gate.requires_grad() || up.requires_grad()) return SiluTimes::apply(gate, up);
+  return SiluTimes::run(gate, up);
+}
+
+at::Tensor activate(Activation activation, const at::Tensor& x) {
+  switch (activation) {
+    case Activation::silu: return at::silu(x);
+    case Activation::gelu: return at::gelu(x);
+    case Activation::gelu_tanh: return at::gelu(x, "tanh");
+    case Activation::relu: return at::relu(x);
+  }
+  throw DefectError("activation: unknown");
+}
+
+at::Tensor feed_forward(const Architecture& a, const BlockWeights& block, const at::Tensor& x,
+                        const LinearHook& linear) {
+  const auto apply = [&](Role role, const at::Tensor& input) {
+    const at::Tensor& bias = block.bias[role];
+    return linear(*a.find(role), input, block.weight[role],
+                  bias.defined() ? std::optional(bias) : std::nullopt);
+  };
+  if (!a.gated()) return apply(kDown, activate(a.activation, apply(kUp, x)));
+  const at::Tensor gate = apply(kGate, x), up = apply(kUp, x);
+  return apply(kDown, a.activation == Activation::silu ? gated_silu(gate, up)
+                                                       : activate(a.activation, gate) * up);
+}
+
+at::Tensor self_attention(const Architecture& a, const BlockWeights& block, const at::Tensor& x,
+                          const UnitShape& unit, const RotaryTable& rotary,
+                          const LinearHook& linear) {
+  const auto apply = [&](Role role, const at::Tensor& input) {
+    const at::Tensor& bias = block.bias[role];
+    return linear(*a.find(role), input, block.weight[role],
+                  bias.defined() ? std::optional(bias) : std::nullopt);
+  };
+  const AttentionShape shape{a.heads, a.key_value_heads, a.head_size, a.task == Task::causal,
+                             a.sliding_window, a.rotary ? a.rotary->rotated : 0};
+  const at::Tensor q = apply(kQuery, x), k = apply(kKey, x), v = apply(kValue, x);
+  return apply(kOutput, attention(q, k, v, rotary.cosine, rotary.sine, unit.sequences, shape,
+                                  unit.visible));
+}
+
+}  // namespace
+
+BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& a, int64_t index,
+                        at::ScalarType dtype, const at::Device& device) {
+  BlockWeights block{std::vector<at::Tensor>(kRoles), std::vector<at::Tensor>(kRoles), {}, {}};
+  for (const auto& linear : a.linears) {
+    block.weight[linear.role] =
+        load_tensor(checkpoint, a.weight_name(index, linear), dtype, device);
+    if (linear.bias)
+      block.bias[linear.role] = load_tensor(checkpoint, a.bias_name(index, linear), dtype, device);
+  }
+  const std::string prefix = a.tensor_name(index, "");
+  block.attention_norm = load_norm(checkpoint, a.attention_norm, prefix, dtype, device);
+  block.feed_forward_norm = load_norm(checkpoint, a.feed_forward_norm, prefix, dtype, device);
+  return block;
+}
+
+RotaryTable rotary_table(const Architecture& a, int64_t length, const at::Device& device) {
+  if (!a.rotary) return {};
+  const Rotary& r = *a.rotary;
+  const int64_t half = r.rotated / 2;
+  RotaryTable table{at::empty({length, half}), at::empty({length, half})};
+  float* cosine = table.cosine.data_ptr<float>();
+  float* sine = table.sine.data_ptr<float>();
+  for (int64_t i = 0; i < half; ++i) {
+    double frequency = std::pow(r.theta, -2.0 * static_cast<double>(i) / static_cast<double>(r.rotated));
+    if (r.type == "linear") frequency /= r.factor;
+    if (r.type == "llama3") {
+      // Long waves are stretched, short ones kept, those between blended (LLaMA 3.1).
+      const double turns = static_cast<double>(r.original_positions) * frequency / (2 * std::numbers::pi);
+      const double keep = std::clamp((turns - r.low_frequency_factor) /
+                                         (r.high_frequency_factor - r.low_frequency_factor),
+                                     0.0, 1.0);
+      frequency = (1 - keep) * frequency / r.factor + keep * frequency;
+    }
+    for (int64_t position = 0; position < length; ++position) {
+      // float32 angles, as the reference computes them.
+      const float angle = static_cast<float>(position) * static_cast<float>(frequency);
+      cosine[position * half + i] = std::cos(angle);
+      sine[position * half + i] = std::sin(angle);
+    }
+  }
+  if (device.is_cpu()) return table;
+  return {table.cosine.to(device), table.sine.to(device)};
+}
+
+LinearHook plain_linear() {
+  return [](const Linear&, const at::Tensor& x, const at::Tensor& weight,
+            const std::optional<at::Tensor>& bias) { return linalg::linear(x, weight, bias); };
+}
+
+at::Tensor apply_norm(const Architecture& a, const NormWeights& norm, const at::Tensor& x) {
+  if (a.norm == Norm::layer)
+    return at::layer_norm(x, {x.size(1)}, norm.weight, norm.bias, a.norm_epsilon);
+  if (!x.is_cpu()) {
+    const at::Tensor wide = x.to(at::kFloat);
+    return (wide * at::rsqrt(wide.square().mean(1, true) + a.norm_epsilon)).to(x.scalar_type()) *
+           norm.weight;
+  }
+  if (x.requires_grad()) return RmsNorm::apply(x, norm.weight, a.norm_epsilon);
+  at::Tensor y = at::empty_like(x);
+  kernels::rms_norm(storage_of(x), x.const_data_ptr(), norm.weight.const_data_ptr(), x.size(0),
+                    x.size(1), static_cast<float>(a.norm_epsilon), y.data_ptr(), nullptr);
+  return y;
+}
+
+at::Tensor block_forward(const Architecture& a, const BlockWeights& block,
+                         const at::Tensor& hidden_states, const UnitShape& unit,
+                         const RotaryTable& rotary, const LinearHook& linear) {
+  const at::Tensor& x = hidden_states;
+  const at::Tensor attended =
+      self_attention(a, block, a.norm_first ? apply_norm(a, block.attention_norm, x) : x, unit,
+                     rotary, linear);
+  if (!attended.defined()) return {};
+  if (a.norm_first) {
+    const at::Tensor middle = x + attended;
+    const at::Tensor fed =
+        feed_forward(a, block, apply_norm(a, block.feed_forward_norm, middle), linear);
+    return fed.defined() ? middle + fed : fed;
+  }
+  const at::Tensor middle = apply_norm(a, block.attention_norm, x + attended);
+  const at::Tensor fed = feed_forward(a, block, middle, linear);
+  return fed.defined() ? apply_norm(a, block.feed_forward_norm, middle + fed) : fed;
+}
+
+Ends load_ends(const io::Checkpoint& checkpoint, const Architecture& a, at::ScalarType dtype,
+               const at::Device& device) {
+  const auto load = [&](const std::string& name) {
+    return name.empty() ? at::Tensor() : load_tensor(checkpoint, name, dtype, device);
+  };
+  Ends ends{load(a.token_embedding),
+            load(a.position_embedding),
+            load(a.type_embedding),
+            load_norm(checkpoint, a.embedding_norm, "", dtype, device),
+            load_norm(checkpoint, a.final_norm, "", dtype, device),
+            {}};
+  if (!a.head.empty()) ends.head = a.head == a.token_embedding ? ends.token_embedding : load(a.head);
+  return ends;
+}
+
+at::Tensor embed(const Architecture& a, const Ends& ends, const at::Tensor& tokens,
+                 const UnitShape& unit) {
+  at::Tensor x = ends.token_embedding.index_select(0, tokens);
+  if (ends.position_embedding.defined()) {
+    if (unit.length > a.max_positions)
+      throw UserError(fmt::format("sequence length {} is above the model's {} learned positions",
+                                  unit.length, a.max_positions));
+    x = x + ends.position_embedding.narrow(0, 0, unit.length).repeat({unit.sequences, 1});
+  }
+  if (ends.type_embedding.defined()) x = x + ends.type_embedding[0];
+  return ends.embedding_norm.weight.defined() ? apply_norm(a, ends.embedding_norm, x) : x;
+}
+
+}  // namespace espalier::model

@@ -1,0 +1,74 @@
+#pragma once
+/// The transformer block, written once for every architecture, and the model around it.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "pipeline/io/checkpoint.h"
+#include "pipeline/model/architecture.h"
+
+namespace espalier::model {
+
+struct NormWeights {
+  at::Tensor weight, bias;
+};
+
+/// One block's tensors in the type of the products; by Role (gate undefined where not gated).
+struct BlockWeights {
+  std::vector<at::Tensor> weight, bias;  ///< [kRoles]
+  NormWeights attention_norm, feed_forward_norm;
+};
+
+/// Copies block `index` out of the checkpoint, converted to `dtype` on `device`, and drops its mapped
+/// pages: memory holds one block whatever the depth.
+BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& architecture,
+                        int64_t index, at::ScalarType dtype, const at::Device& device = at::kCPU);
+
+/// Where sequences stand in the rows of a unit: `sequences` of equal `length`, one after another.
+struct UnitShape {
+  int64_t sequences = 1, length = 0;
+  at::Tensor visible;  ///< int64 [sequences]: tokens before the padding; undefined: all
+};
+
+/// cos and sin of the rotary angles, float32 [length, rotated/2]; undefined without rotation.
+struct RotaryTable {
+  at::Tensor cosine, sine;
+};
+RotaryTable rotary_table(const Architecture& architecture, int64_t length,
+                         const at::Device& device = at::kCPU);
+
+/// How a block's linear layers are applied: where statistics are collected and adapters act.
+/// x [tokens, in] -> [tokens, out]. An undefined result ends the block: nothing behind it is computed.
+using LinearHook = std::function<at::Tensor(const Linear& linear, const at::Tensor& x,
+                                            const at::Tensor& weight,
+                                            const std::optional<at::Tensor>& bias)>;
+/// linalg::linear.
+LinearHook plain_linear();
+
+/// hidden_states [tokens, hidden] through one block; a new tensor. Differentiable in hidden_states and
+/// in whatever the hook brings in; the block's own weights are frozen.
+at::Tensor block_forward(const Architecture& architecture, const BlockWeights& block,
+                         const at::Tensor& hidden_states, const UnitShape& unit,
+                         const RotaryTable& rotary, const LinearHook& linear);
+
+/// y = norm(x) of the architecture's kind. Differentiable in x.
+at::Tensor apply_norm(const Architecture& architecture, const NormWeights& norm, const at::Tensor& x);
+
+/// What stands before the first block and behind the last one.
+struct Ends {
+  at::Tensor token_embedding, position_embedding, type_embedding;
+  NormWeights embedding_norm, final_norm;
+  at::Tensor head;  ///< [vocabulary, hidden]; shares memory with token_embedding when tied
+};
+Ends load_ends(const io::Checkpoint& checkpoint, const Architecture& architecture,
+               at::ScalarType dtype, const at::Device& device = at::kCPU);
+
+/// tokens int64 [sequences * length] -> hidden states [tokens, hidden].
+at::Tensor embed(const Architecture& architecture, const Ends& ends, const at::Tensor& tokens,
+                 const UnitShape& unit);
+
+}  // namespace espalier::model

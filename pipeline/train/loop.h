@@ -1,0 +1,81 @@
+#pragma once
+/// The training loop: units of work shared over ranks and workers, their gradients summed exactly,
+/// one clipped AdamW step on every rank alike, checkpoints. It knows nothing of models.
+///
+/// A step has a fixed number of units (micro-batches); unit u runs on rank u % size, on whichever of
+/// its workers is free. Its loss and gradients go to integer sums (comm/exact_sum.h), so that every
+/// number of ranks and workers gives the same bits. One all-reduce of 8 bytes a parameter a step.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+
+#include "pipeline/comm/communicator.h"
+#include "pipeline/train/adamw.h"
+#include "pipeline/train/parameters.h"
+#include "pipeline/train/schedule.h"
+#include "pipeline/workers.h"
+
+namespace espalier::train {
+
+struct LoopOptions {
+  int64_t steps = 0;
+  int64_t units = 1;  ///< a step, over all ranks
+  double learning_rate = 0;
+  Schedule schedule;
+  AdamwOptions adamw;
+  double max_grad_norm = 0;                ///< 0: no clipping
+  int64_t checkpoint_every = 0;            ///< steps; 0: only when asked to stop and at the end
+  std::filesystem::path checkpoint_file;   ///< empty: no checkpoints
+  std::string fingerprint;                 ///< of all that the steps' bits depend on
+};
+
+struct UnitLoss {
+  double loss = 0;      ///< summed over the unit's counted labels
+  int64_t counted = 0;  ///< labels that count
+  int64_t tokens = 0;   ///< tokens passed through the model
+};
+
+/// Takes the gradient of the unit's loss sum for one parameter, once each; a parameter that a unit
+/// does not reach need not be given.
+using GradientSink = std::function<void(int64_t parameter, const at::Tensor& gradient)>;
+
+/// What is trained.
+struct Problem {
+  ParameterSet* parameters = nullptr;
+  /// Once before the units of each step, on every rank; may use the workers.
+  std::function<void()> prepare_step;
+  /// Loss and gradients of one unit on the calling worker. `step` counts from 0.
+  std::function<UnitLoss(int64_t step, int64_t unit, const GradientSink& sink)> unit;
+};
+
+struct StepReport {
+  int64_t step = 0;  ///< steps done
+  double loss = 0, learning_rate = 0, gradient_norm = 0, tokens_per_second = 0;
+  int64_t tokens = 0;  ///< of the whole run
+};
+
+/// Rank 0's audience, and the wish to stop.
+struct LoopEvents {
+  std::function<void(int64_t done)> started;  ///< with the steps that an earlier start did
+  std::function<void(const StepReport&)> step;
+  std::function<void(const std::string&)> say;
+  std::function<bool()> stop_requested;  ///< collective
+};
+
+struct LoopResult {
+  int64_t steps = 0, tokens = 0;
+  double loss_first = 0, loss_last = 0;
+  double seconds = 0;  ///< of all starts
+};
+
+/// Trains until options.steps, going on from the checkpoint when there is one. Collective. Throws
+/// NumericalError naming parameter and step on a loss or gradient that is not finite, Requeue
+/// after saving when asked to stop.
+LoopResult run_loop(const LoopOptions& options, Problem& problem, const LoopEvents& events,
+                    Workers& workers, const comm::Communicator& group);
+
+}  // namespace espalier::train

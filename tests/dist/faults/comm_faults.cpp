@@ -1,0 +1,59 @@
+// comm_faults <what> <rank> <timeout_seconds>: a group that sums in a loop, in which rank <rank>
+//   throw        ends with an error            throw_all    every rank does so at once
+//   throw_busy   the same while another rank computes and never looks at its messages
+//   stop | kill  sends itself SIGSTOP | SIGKILL
+//   leave        returns from main early
+//   none         nothing happens
+#include <fmt/format.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "pipeline/comm/communicator.h"
+#include "pipeline/errors.h"
+
+namespace {
+
+using espalier::comm::Communicator;
+
+constexpr int kRounds = 40, kFaultRound = 20;
+
+void fail(const Communicator& world) {
+  throw espalier::UserError(fmt::format("rank {} met what it was told to meet", world.rank()));
+}
+
+void run(const Communicator& world, const std::string& what, int rank) {
+  std::vector<int64_t> values(200'000, 1);
+  for (int round = 0; round < kRounds; ++round) {
+    if (round == kFaultRound) {
+      if (what == "throw_all") fail(world);
+      if (what == "throw_busy" && world.rank() == (rank + 1) % world.size())
+        std::this_thread::sleep_for(std::chrono::seconds(60));
+      if (world.rank() == rank) {
+        if (what == "throw" || what == "throw_busy") fail(world);
+        if (what == "stop") ::kill(::getpid(), SIGSTOP);
+        if (what == "kill") ::kill(::getpid(), SIGKILL);
+        if (what == "leave") return;
+      }
+    }
+    world.all_reduce_sum(values);
+    std::fill(values.begin(), values.end(), 1);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return espalier::kExitConfiguration;
+  const auto world = Communicator::world(std::stod(argv[3]));
+  try {
+    run(world, argv[1], std::stoi(argv[2]));
+    if (world.is_root()) fmt::print("{} of {} done\n", world.backend(), world.size());
+  } catch (const espalier::Error& error) {
+    world.abort(error.what(), error.exit_code());
+  }
+}
