@@ -99,11 +99,17 @@ struct Closing {
 }  // namespace
 
 void throw_environment_error(const std::filesystem::path& file, const std::string& action,
+                             const std::string& reason) {
+  throw EnvironmentError(
+      fmt::format("{}: {}: {}; {} bytes are free on its file system; "
+                  "free space or mend the permissions, or choose another run.dir",
+                  file.string(), action, reason, free_bytes(file)));
+}
+
+void throw_environment_error(const std::filesystem::path& file, const std::string& action,
                              int error_number) {
-  throw EnvironmentError(fmt::format(
-      "{}: {}: {} (errno {}); {} bytes are free on its file system; "
-      "free space or mend the permissions, or choose another run.dir",
-      file.string(), action, std::strerror(error_number), error_number, free_bytes(file)));
+  throw_environment_error(file, action,
+                          fmt::format("{} (errno {})", std::strerror(error_number), error_number));
 }
 
 AtomicFile::AtomicFile(std::filesystem::path target) : target_(std::move(target)) {

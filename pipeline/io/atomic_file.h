@@ -44,8 +44,10 @@ void remove_leftovers(const std::filesystem::path& directory);
 /// Throws EnvironmentError with both numbers when fewer than `needed_bytes` are free, or the
 /// directory cannot be created or written.
 void require_space(const std::filesystem::path& directory, int64_t needed_bytes);
-/// "ACTION: <text of error_number>; N bytes free on its file system; ..." as an EnvironmentError
-/// about `file`.
+/// An EnvironmentError about `file`: "ACTION: REASON; N bytes are free on its file system; ...".
+[[noreturn]] void throw_environment_error(const std::filesystem::path& file,
+                                          const std::string& action, const std::string& reason);
+/// The same with the text of `error_number`.
 [[noreturn]] void throw_environment_error(const std::filesystem::path& file,
                                           const std::string& action, int error_number);
 

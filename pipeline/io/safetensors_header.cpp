@@ -30,7 +30,8 @@ std::string readable_dtypes() {
 /// The value's text, short enough for a message.
 std::string excerpt(const json& value) {
   std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
-  return text.size() <= 80 ? text : text.substr(0, 80) + "...";
+  if (text.size() > 80) text.replace(80, std::string::npos, "...");
+  return text;
 }
 
 /// One tensor's entry while it is read; its messages name file and tensor.
@@ -38,7 +39,8 @@ class Entry {
  public:
   Entry(const std::string& file, const std::string& name, const json& value)
       : file_(file), name_(name), value_(value) {
-    if (!value.is_object()) refuse("its entry is not an object but " + excerpt(value));
+    if (!value.is_object())
+      refuse(fmt::format("its entry is not an object but {}", excerpt(value)));
   }
 
   TensorInfo read(int64_t data_begin, int64_t data_bytes) const {

@@ -169,7 +169,10 @@ TEST(HostileSafetensors, HolesBetweenBeforeAndAfterTensors) {
 
 TEST(HostileSafetensors, OffsetsBeyondTheFileBackwardsOrNotIntegers) {
   const auto with_offsets = [](const std::string& offsets) {
-    return refusal(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":)" + offsets + "}}", 4);
+    return refusal(std::string(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":)")
+                       .append(offsets)
+                       .append("}}"),
+                   4);
   };
   expect_contains(with_offsets("[9223372036854775800,9223372036854775804]"), {"\"a\"", "4 bytes"});
   expect_contains(with_offsets("[4,0]"), {"begin at 4", "at 0"});
@@ -187,7 +190,10 @@ TEST(HostileSafetensors, AnUnknownDtypeIsNamedWithThoseThatAreRead) {
 
 TEST(HostileSafetensors, ShapesThatAreNegativeOverflowOrDisagreeWithTheBytes) {
   const auto with_shape = [](const std::string& shape) {
-    return refusal(R"({"a":{"dtype":"F32","data_offsets":[0,8],"shape":)" + shape + "}}", 8);
+    return refusal(std::string(R"({"a":{"dtype":"F32","data_offsets":[0,8],"shape":)")
+                       .append(shape)
+                       .append("}}"),
+                   8);
   };
   expect_contains(with_shape("[-2]"), {"\"a\"", "-2", "not an integer"});
   expect_contains(with_shape("[2.0]"), {"2.0"});
