@@ -48,7 +48,7 @@ Options read_options(const Section& section) {
   settings.vectors = vectors == "float16" ? at::kHalf : at::kFloat;
   options.base = section.optional_text("base");
   options.fine_tuned = section.text_or("finetuned", options.fine_tuned);
-  section.allow({"stage", "from"});
+  section.allow({"stage", "from", "method", "allocation", "vectors"});
   section.finish();
   return options;
 }

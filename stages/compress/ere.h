@@ -29,7 +29,7 @@ bool zeros_survive(const at::Tensor& base, const at::Tensor& fine_tuned);
 
 /// Frobenius norms relative to ||Delta||.
 struct EncodingErrors {
-  double quantization = 0;  ///< ||U_r S_r V_r^T - decoded residual before the mask||
+  double quantization = 0;  ///< ||X - U D V^T||, X = U_r S_r V_r^T, D its own refit, no mask
   double total = 0;         ///< ||Delta - decoded residual||, after the mask
 };
 
@@ -39,7 +39,9 @@ struct EncodingErrors {
 /// D is refitted by least squares to the factors as they will be decoded: diag(U^T Delta V) when
 /// they are orthonormal (`polar`) and all of the product counts; on a masked base, where entries
 /// off the mask are dropped, and without the polar factor by conjugate gradients on the normal
-/// equations. About (4 + 4 * iterations) m n r FLOPs; the m x n products are float64.
+/// equations (tried on a half-masked 1536 x 576 difference, rank 64, 4 bits: relative error 0.35
+/// with D refitted to the mask, 0.66 without). About (4 + 4 * iterations) m n r FLOPs; the m x n
+/// products are float64.
 EncodedMatrix encode_matrix(const at::Tensor& base, const at::Tensor& delta, const at::Tensor& u,
                             const at::Tensor& s, const at::Tensor& v, int64_t bits, bool polar,
                             bool mask_preserving, EncodingErrors* errors = nullptr);

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "pipeline/errors.h"
+#include "pipeline/linalg/one_thread.h"
 #include "pipeline/linalg/svd.h"
 
 namespace espalier::compress {
@@ -35,6 +36,7 @@ at::Tensor difference(const at::Tensor& base, const at::Tensor& fine_tuned,
 }
 
 Decomposition decompose(const at::Tensor& delta, int64_t count, int64_t kept, uint64_t seed) {
+  const linalg::OneThread one_thread;  // the sum's order is its threads'
   Decomposition result;
   result.largest_rank = std::min(delta.size(0), delta.size(1));
   result.energy = delta.square().sum().item<double>();

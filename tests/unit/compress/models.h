@@ -64,8 +64,9 @@ inline Tensors fine_tuned_tensors() {
   for (auto& [name, tensor] : tensors) {
     if (tensor.dim() < 2 || name == "layers.3.weight") continue;
     const int64_t rows = tensor.size(0), columns = tensor.numel() / rows;
+    ++seed;
     const at::Tensor change =
-        decaying_matrix(rows, columns, ++seed, 0.6 + 0.05 * double(seed % 7)) * 0.02;
+        decaying_matrix(rows, columns, seed, 0.6 + 0.05 * double(seed % 7)) * 0.02;
     const at::Tensor zero = tensor == 0;
     tensor = (tensor.to(at::kDouble) + change.reshape(tensor.sizes())).to(tensor.scalar_type());
     if (name == "layers.1.weight") tensor.masked_fill_(zero, 0);
