@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <vector>
 
 #include "pipeline/linalg/svd.h"
 #include "stages/compress/spectrum.h"
@@ -73,6 +74,54 @@ TEST(Ere, TheDiagonalIsTheLeastSquaresOne) {
     const double stored =
         encoded.diagonal[k].item<float>() * std::ldexp(1.0, int(encoded.exponent));
     EXPECT_NEAR(stored, sum, std::abs(sum) * 0x1p-10 + 1e-6);
+  }
+}
+
+/// The columns of one side of the file by hand: bits one by one, then Newton-Schulz steps
+/// X (3 I - X^T X) / 2 in plain loops until the columns are orthonormal. [length][count]
+std::vector<std::vector<double>> plain_factor(const QuantizedVectors& q) {
+  std::vector<std::vector<double>> x(q.length, std::vector<double>(q.count));
+  const uint8_t* bytes = q.codes.data_ptr<uint8_t>();
+  for (int64_t k = 0, bit = 0; k < q.count; ++k)
+    for (int64_t i = 0; i < q.length; ++i) {
+      int code = 0;
+      for (int64_t b = 0; b < q.bits; ++b, ++bit) code |= (bytes[bit / 8] >> (bit % 8) & 1) << b;
+      const double level = code - ((1 << q.bits) - 1) / 2.0;
+      x[i][k] = level * q.scales[k].item<float>() / std::sqrt(double(q.length));
+    }
+  for (int step = 0; step < 60; ++step) {
+    std::vector<std::vector<double>> m(q.count, std::vector<double>(q.count, 0));
+    for (int64_t a = 0; a < q.count; ++a)
+      for (int64_t b = 0; b < q.count; ++b) {
+        for (int64_t i = 0; i < q.length; ++i) m[a][b] -= x[i][a] * x[i][b] / 2;
+        if (a == b) m[a][b] += 1.5;
+      }
+    for (auto& row : x) {
+      const auto old = row;
+      for (int64_t b = 0; b < q.count; ++b) {
+        row[b] = 0;
+        for (int64_t a = 0; a < q.count; ++a) row[b] += old[a] * m[a][b];
+      }
+    }
+  }
+  return x;
+}
+
+TEST(Ere, DecodesAsTheFormatSaysInPlainLoops) {
+  const Case c = make_case(40, 30, 4, at::kDouble);
+  for (int64_t bits : {1, 3, 8}) {
+    EncodingErrors errors;
+    const EncodedMatrix encoded = encode(c, bits, true, errors);
+    const auto u = plain_factor(encoded.u), v = plain_factor(encoded.v);
+    const at::Tensor decoded = decode_matrix(encoded, c.base, true, at::kDouble);
+    for (int64_t i = 0; i < 40; ++i)
+      for (int64_t j = 0; j < 30; ++j) {
+        double sum = c.base[i][j].item<double>();
+        for (int64_t k = 0; k < 4; ++k)
+          sum += u[i][k] * v[j][k] *
+                 std::ldexp(double(encoded.diagonal[k].item<float>()), int(encoded.exponent));
+        ASSERT_NEAR(decoded[i][j].item<double>(), sum, 1e-10);
+      }
   }
 }
 
