@@ -1,0 +1,31 @@
+#pragma once
+/// residual.h5 and the decoded model from a complete journal.
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "pipeline/io/checkpoint.h"
+#include "stages/compress/compressor.h"
+#include "stages/compress/journal.h"
+#include "stages/compress/pairs.h"
+
+namespace espalier::compress {
+
+struct Assembly {
+  const io::Checkpoint& base;
+  const std::string& base_checksum;
+  const std::filesystem::path& directory;  ///< receives residual.h5 and model/
+  const Journal& journal;
+  const std::vector<MatrixPair>& matrices;
+  const std::vector<int64_t>& truncation_ranks;  ///< 0: the matrix stays the base's
+  const Settings& settings;
+  const std::vector<WholeTensor>& whole;
+};
+
+/// Writes both (the model streams from the journal, in shards of at most 1 GiB) and returns
+/// {"bytes", "whole_tensors", "whole_bytes", "mask_preserving", "matrices": [...]}. One rank.
+nlohmann::json assemble(const Assembly& assembly);
+
+}  // namespace espalier::compress

@@ -1,0 +1,281 @@
+#include "stages/compress/compressor.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/random.h"
+#include "stages/compress/allocation.h"
+#include "stages/compress/assembly.h"
+#include "stages/compress/journal.h"
+#include "stages/compress/pairs.h"
+#include "stages/compress/spectrum.h"
+
+namespace espalier::compress {
+namespace {
+
+using nlohmann::json;
+
+/// The capacity of the allocation, in bits of the file (budget) or in rows and columns (rank).
+struct Capacity {
+  int64_t total = 0;
+  std::vector<int64_t> costs;  ///< of one triplet of each matrix
+
+  double average_rank() const {
+    double sum = 0;
+    for (int64_t cost : costs) sum += double(cost);
+    return sum > 0 ? double(total) / sum : 0;
+  }
+};
+
+/// The parts of one compression; every rank holds the same values but for `whole` (root).
+class Compressor {
+ public:
+  Compressor(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+             const std::filesystem::path& directory, const Settings& settings,
+             const comm::Communicator& group, Workers& workers, const Hooks& hooks)
+      : base_(base),
+        fine_tuned_(fine_tuned),
+        directory_(directory),
+        settings_(settings),
+        group_(group),
+        workers_(workers),
+        hooks_(hooks),
+        base_checksum_(group.broadcast(group.is_root() ? base.tensors_checksum() : "")),
+        journal_(directory / "state", purpose(), group.is_root()) {
+    group.barrier();  // the journal's directory is there
+    matrices_ = changed_matrices(base, fine_tuned, group, workers);
+    if (group.is_root()) whole_ = whole_tensors(base, fine_tuned, settings.vectors);
+    capacity_ = capacity();
+  }
+
+  json run() {
+    const Allocation allocation = allocate_adaptively();
+    encode(allocation.truncation_ranks);
+    group_.barrier();  // every result is in the journal
+    std::string metrics;
+    if (group_.is_root()) metrics = finish(allocation).dump();
+    return json::parse(group_.broadcast(metrics));
+  }
+
+ private:
+  std::string purpose() const {
+    return fmt::format(
+        "ere 1\nbase {}\nfine-tuned {}\nrank {} budget {} bits {} allocation {} prior {} polar {} "
+        "vectors {} dtype {} seed {}\n",
+        base_checksum_, group_.is_root() ? fine_tuned_.fingerprint() : "",
+        settings_.rank.value_or(-1), settings_.budget.value_or(-1), settings_.bits,
+        settings_.allocation, settings_.prior, settings_.polar, dtype_name(settings_.vectors),
+        dtype_name(settings_.dtype), settings_.seed);
+  }
+
+  Capacity capacity() const {
+    Capacity capacity;
+    for (const auto& matrix : matrices_)
+      capacity.costs.push_back(
+          settings_.rank
+              ? matrix.rows + matrix.columns
+              : std::llround(8 * bytes_of_triplet(matrix.rows, matrix.columns, settings_.bits)));
+    if (settings_.rank) {
+      for (int64_t cost : capacity.costs) capacity.total += *settings_.rank * cost;
+      return capacity;
+    }
+    int64_t total[1] = {group_.is_root() ? 8 * bytes_for_matrices() : 0};
+    group_.broadcast(comm::bytes_of(std::span<int64_t>(total)));
+    capacity.total = total[0];
+    return capacity;
+  }
+
+  int64_t budget_bytes() const {
+    return static_cast<int64_t>(*settings_.budget * double(fine_tuned_.bytes()));
+  }
+
+  /// What the budget leaves for codes, scales and diagonals. On the root.
+  int64_t bytes_for_matrices() const {
+    std::vector<std::pair<std::string, std::vector<int64_t>>> names;
+    for (const auto& matrix : matrices_) names.emplace_back(matrix.name, matrix.shape);
+    const int64_t fixed = fixed_bytes(names, whole_);
+    if (fixed > budget_bytes())
+      throw UserError(
+          fmt::format("compress.budget: {} of {} bytes is {} bytes, but the tensors stored whole "
+                      "and the file's "
+                      "own tables take up to {}; raise the budget to at least {:.4g}",
+                      *settings_.budget, fine_tuned_.bytes(), budget_bytes(), fixed,
+                      double(fixed) / double(fine_tuned_.bytes())));
+    return budget_bytes() - fixed;
+  }
+
+  /// Singular values wanted before anything is known of the spectra.
+  std::vector<int64_t> first_targets() const {
+    std::vector<Spectrum> shapes;
+    for (size_t i = 0; i < matrices_.size(); ++i)
+      shapes.push_back({0, {}, smaller_side(i), capacity_.costs[i]});
+    if (settings_.allocation == "uniform") return uniform(shapes).truncation_ranks;
+    std::vector<int64_t> targets;
+    for (size_t i = 0; i < matrices_.size(); ++i)
+      targets.push_back(std::min(smaller_side(i), kept_vectors()));
+    return targets;
+  }
+
+  int64_t smaller_side(size_t i) const { return std::min(matrices_[i].rows, matrices_[i].columns); }
+  /// Vectors worth a place in the journal; the few matrices that get more ranks are decomposed
+  /// again.
+  int64_t kept_vectors() const {
+    return 8 + 2 * static_cast<int64_t>(std::ceil(capacity_.average_rank()));
+  }
+
+  Allocation uniform(const std::vector<Spectrum>& spectra) const {
+    return settings_.rank ? allocate_uniform(spectra, capacity_.total, *settings_.rank)
+                          : allocate_uniform(spectra, capacity_.total);
+  }
+
+  /// Decompose, allocate, decompose further what the allocation asks more of, until it does not.
+  /// Each round's targets are decided by the root and journalled.
+  Allocation allocate_adaptively() {
+    if (group_.is_root() && journal_.targets().size() != matrices_.size())
+      journal_.write_targets(first_targets());
+    for (;;) {
+      targets_ =
+          json::parse(group_.broadcast(group_.is_root() ? json(journal_.targets()).dump() : ""))
+              .get<std::vector<int64_t>>();
+      decompose_all();
+      group_.barrier();
+      std::string text;
+      if (group_.is_root()) text = decide().dump();
+      const json decision = json::parse(group_.broadcast(text));
+      if (!decision["finished"].get<bool>()) continue;
+      return {decision["ranks"].get<std::vector<int64_t>>(),
+              decision["used"].get<int64_t>(),
+              decision["gap"].get<double>(),
+              {}};
+    }
+  }
+
+  /// On the root: the allocation from all spectra; or new targets, written to the journal.
+  json decide() {
+    spectra_.clear();
+    for (size_t i = 0; i < matrices_.size(); ++i)
+      spectra_.push_back(
+          spectrum_of(journal_.decomposition(int64_t(i), false), capacity_.costs[i]));
+    const Allocation allocation =
+        settings_.allocation == "uniform"
+            ? uniform(spectra_)
+            : allocate(settings_.allocation, spectra_, capacity_.total, settings_.prior);
+    if (allocation.wants_more.empty())
+      return {{"finished", true},
+              {"ranks", allocation.truncation_ranks},
+              {"used", allocation.used},
+              {"gap", allocation.gap}};
+    auto targets = targets_;
+    const int64_t growth = settings_.allocation == "paper" ? 4 : 2;  // the paper's fit reaches far
+    for (int64_t i : allocation.wants_more)
+      targets[i] = std::min(smaller_side(i), std::max<int64_t>(growth * targets[i], 8));
+    journal_.write_targets(targets);
+    return {{"finished", false}};
+  }
+
+  at::Tensor delta_of(int64_t i) const {
+    const std::string& name = matrices_[i].name;
+    const at::Tensor delta = difference(base_.view(name), fine_tuned_.view(name), name);
+    fine_tuned_.drop(name);
+    return delta;
+  }
+  uint64_t seed_of(int64_t i) const { return settings_.seed ^ stream_of(matrices_[i].name); }
+
+  void decompose_all() {
+    std::vector<double> costs;
+    std::vector<int64_t> done;
+    for (size_t i = 0; i < matrices_.size(); ++i) {
+      costs.push_back(matrices_[i].predicted_cost());
+      done.push_back(group_.is_root() && journal_.decomposed_to(int64_t(i)) >= targets_[i]);
+    }
+    carry_out_units("matrices decomposed", costs, done, group_, workers_, hooks_, [&](int64_t i) {
+      journal_.write(i, decompose(delta_of(i), targets_[i], kept_vectors(), seed_of(i)),
+                     targets_[i]);
+      base_.drop(matrices_[i].name);
+    });
+  }
+
+  void encode(const std::vector<int64_t>& ranks) {
+    std::vector<double> costs;
+    std::vector<int64_t> done;
+    for (size_t i = 0; i < matrices_.size(); ++i) {
+      costs.push_back(ranks[i] == 0 ? 0 : matrices_[i].predicted_cost());
+      done.push_back(ranks[i] == 0 || (group_.is_root() && journal_.encoded(int64_t(i))));
+    }
+    carry_out_units("matrices encoded", costs, done, group_, workers_, hooks_, [&](int64_t i) {
+      encode_one(i, ranks[i]);
+      base_.drop(matrices_[i].name);
+    });
+  }
+
+  void encode_one(int64_t i, int64_t rank) const {
+    const at::Tensor base = base_.view(matrices_[i].name), delta = delta_of(i);
+    Decomposition known = journal_.decomposition(i, true);
+    // The same call as when it was journalled, so the values are the same bits.
+    if (known.u.size(1) < rank) known = decompose(delta, targets_[i], rank, seed_of(i));
+    EncodedResult result;
+    result.encoded =
+        encode_matrix(base, delta, known.u.narrow(1, 0, rank), known.values.narrow(0, 0, rank),
+                      known.v.narrow(1, 0, rank), settings_.bits, settings_.polar,
+                      matrices_[i].mask_preserving, &result.errors);
+    result.decoded = decode_matrix(result.encoded, base, settings_.polar, settings_.dtype);
+    result.energy_kept =
+        1 - lost_energy(spectrum_of(known, capacity_.costs[i]), rank) / known.energy;
+    journal_.write(i, result);
+  }
+
+  /// On the root: residual.h5 and model/ from the journal, and the figures.
+  json finish(const Allocation& allocation) {
+    const Assembly assembly{base_,     base_checksum_, directory_,
+                            journal_,  matrices_,      allocation.truncation_ranks,
+                            settings_, whole_};
+    json metrics = assemble(assembly);
+    const int64_t bytes = metrics["bytes"].get<int64_t>();
+    if (settings_.budget && bytes > budget_bytes())
+      throw DefectError(fmt::format("residual.h5 takes {} bytes, more than the budget of {}", bytes,
+                                    budget_bytes()));
+    double lost = 0, energy = 0;
+    for (size_t i = 0; i < matrices_.size(); ++i) {
+      lost += lost_energy(spectra_[i], allocation.truncation_ranks[i]);
+      energy += spectra_[i].energy;
+    }
+    metrics["share"] = double(bytes) / double(fine_tuned_.bytes());
+    metrics["certificate"] = {{"energy", energy}, {"lost_energy", lost}, {"gap", nullptr}};
+    if (settings_.allocation == "greedy") metrics["certificate"]["gap"] = allocation.gap;
+    metrics["allocation"] = settings_.allocation;
+    metrics["average_rank"] = capacity_.average_rank();
+    return metrics;
+  }
+
+  const io::Checkpoint &base_, &fine_tuned_;
+  std::filesystem::path directory_;
+  const Settings& settings_;
+  const comm::Communicator& group_;
+  Workers& workers_;
+  const Hooks& hooks_;
+  std::string base_checksum_;
+  Journal journal_;
+  std::vector<MatrixPair> matrices_;
+  std::vector<WholeTensor> whole_;
+  Capacity capacity_;
+  std::vector<int64_t> targets_;
+  std::vector<Spectrum> spectra_;
+};
+
+}  // namespace
+
+json compress_model(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+                    const std::filesystem::path& directory, const Settings& settings,
+                    const comm::Communicator& group, Workers& workers, const Hooks& hooks) {
+  require_comparable(base, fine_tuned);
+  // The decoded tensors twice (journal and model), the spectra and the residual.
+  if (group.is_root()) io::require_space(directory, 5 * fine_tuned.bytes() / 2);
+  return Compressor(base, fine_tuned, directory, settings, group, workers, hooks).run();
+}
+
+}  // namespace espalier::compress

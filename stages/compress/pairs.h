@@ -1,0 +1,45 @@
+#pragma once
+/// Which tensors of a fine-tuned model are compressed as matrices, which are stored whole, and
+/// which cost nothing.
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "pipeline/comm/communicator.h"
+#include "pipeline/io/checkpoint.h"
+#include "pipeline/workers.h"
+#include "stages/compress/residual_file.h"
+
+namespace espalier::compress {
+
+/// A pair of tensors of two or more dimensions that differ.
+struct MatrixPair {
+  std::string name;
+  std::vector<int64_t> shape;
+  int64_t rows = 0, columns = 0;  ///< folded
+  bool mask_preserving = false;   ///< the base has zeros and the fine-tuned tensor keeps them all
+
+  /// What its decomposition costs, up to a constant.
+  double predicted_cost() const {
+    return double(rows) * double(columns) * double(std::min(rows, columns));
+  }
+};
+
+/// Throws UserError naming the tensor and both shapes when a name stands for two shapes, or when
+/// the fine-tuned model lacks a tensor of the base (nothing could take it away again).
+void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned);
+
+/// The pairs that differ, by name. Reads both models once, spread over ranks and workers.
+/// Collective.
+std::vector<MatrixPair> changed_matrices(const io::Checkpoint& base,
+                                         const io::Checkpoint& fine_tuned,
+                                         const comm::Communicator& group, Workers& workers);
+
+/// Tensors of fewer than two dimensions that differ (floating point: as `vectors`, float16 or
+/// float32; a tensor that float16 cannot hold stays float32), integers that differ, and tensors
+/// that the base does not have, as they are. By name.
+std::vector<WholeTensor> whole_tensors(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+                                       at::ScalarType vectors);
+
+}  // namespace espalier::compress

@@ -1,0 +1,32 @@
+#pragma once
+/// Singular vectors in b bits: code c in [0, 2^b) stands for (c - (2^b - 1) / 2) * step, symmetric
+/// levels without a zero, so that b = 1 is the sign. One float16 step per singular vector, stored
+/// times sqrt(length): a unit vector's entries are about 1/sqrt(length), which in long vectors
+/// would leave float16's range.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace espalier::compress {
+
+struct QuantizedVectors {
+  int64_t length = 0, count = 0;  ///< of one vector; vectors
+  int64_t bits = 0;
+  at::Tensor codes;   ///< uint8 [packed_bytes(length, count, bits)]
+  at::Tensor scales;  ///< float16 [count]: step * sqrt(length)
+};
+
+/// Bytes of `count` vectors of `length` codes, one bit stream.
+int64_t packed_bytes(int64_t length, int64_t count, int64_t bits);
+
+/// Rounds the columns of vectors [length, count] (float32 or float64) to the nearest level. The
+/// step is the one of least squared error among a few starts, each improved by least squares on its
+/// own codes; for b = 1 that is the closed form. Deterministic; about 30 passes over the vectors.
+/// Throws NumericalError on NaN or Inf.
+QuantizedVectors quantize(const at::Tensor& vectors, int64_t bits);
+
+/// float64 [length, count].
+at::Tensor dequantize(const QuantizedVectors& quantized);
+
+}  // namespace espalier::compress

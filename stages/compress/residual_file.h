@@ -1,0 +1,61 @@
+#pragma once
+/// residual.h5: everything that turns a base into its fine-tuned model, and nothing else.
+///
+/// attributes of /: kind "espalier.residual", version 1, base_checksum, checksum (of all datasets),
+///   bits, polar (0|1), dtype ("bfloat16"|"float32"|...: of the decoded model).
+/// /contents   uint8    JSON: {"matrices": [{"name", "shape", "rank", "exponent", "mask"}],
+///                      "whole": [{"name", "shape", "dtype"}]}, in the order of the data below
+/// /codes      uint8    for each matrix U's bit stream, then V's (see quantization.h)
+/// /scales     float16  for each matrix r of U, then r of V
+/// /diagonals  float16  for each matrix r
+/// /whole      uint8    tensors stored as they are, one after the other
+/// A few large data sets instead of groups per matrix: object headers would cost more than small
+/// matrices do.
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "stages/compress/ere.h"
+
+namespace espalier::compress {
+
+struct ResidualMatrix {
+  std::string name;
+  std::vector<int64_t> shape;  ///< of the tensor; folded to out x rest
+  EncodedMatrix encoded;
+};
+
+struct WholeTensor {
+  std::string name;
+  at::Tensor tensor;  ///< any shape and type
+};
+
+struct Residual {
+  std::string base_checksum;
+  int64_t bits = 4;
+  bool polar = true;
+  at::ScalarType dtype = at::kBFloat16;  ///< floating-point tensors of the decoded model
+  std::vector<ResidualMatrix> matrices;
+  std::vector<WholeTensor> whole;
+};
+
+/// An upper bound of the file's bytes without codes, scales and diagonals.
+int64_t fixed_bytes(const std::vector<std::pair<std::string, std::vector<int64_t>>>& matrices,
+                    const std::vector<WholeTensor>& whole);
+
+/// Atomic; the same residual gives the same bytes.
+void write_residual(const std::filesystem::path& file, const Residual& residual);
+
+/// Every length is checked against the file before memory is taken, every byte against the
+/// checksum. Throws UserError naming the file and what is wrong.
+Residual read_residual(const std::filesystem::path& file);
+
+/// The name of a floating-point type as config.json writes it, and back (UserError).
+std::string dtype_name(at::ScalarType dtype);
+at::ScalarType dtype_of(const std::string& name, const std::string& origin);
+
+}  // namespace espalier::compress

@@ -1,0 +1,68 @@
+#include "stages/compress/units.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "pipeline/errors.h"
+
+namespace espalier::compress {
+namespace {
+
+/// Units a worker takes between two looks at the signals.
+constexpr int64_t kUnitsOfARound = 4;
+
+}  // namespace
+
+std::vector<std::vector<int64_t>> longest_first(const std::vector<double>& costs, int ranks) {
+  std::vector<int64_t> order(costs.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return costs[a] > costs[b]; });
+  std::vector<std::vector<int64_t>> units(ranks);
+  std::vector<double> load(ranks, 0);
+  for (int64_t unit : order) {
+    const auto least = std::min_element(load.begin(), load.end());
+    units[least - load.begin()].push_back(unit);
+    *least += costs[unit];
+  }
+  return units;
+}
+
+void carry_out_units(const std::string& what, const std::vector<double>& costs,
+                     std::vector<int64_t> done, const comm::Communicator& group, Workers& workers,
+                     const Hooks& hooks, const std::function<void(int64_t)>& body) {
+  const int64_t total = static_cast<int64_t>(costs.size());
+  done.resize(costs.size(), 0);
+  group.all_reduce_max(std::span<int64_t>(done));
+  std::vector<int64_t> pending;
+  std::vector<double> pending_costs;
+  for (int64_t unit = 0; unit < total; ++unit) {
+    if (done[unit]) continue;
+    pending.push_back(unit);
+    pending_costs.push_back(costs[unit]);
+  }
+  const auto mine = longest_first(pending_costs, group.size())[group.rank()];
+  const int64_t count = static_cast<int64_t>(mine.size());
+  const int64_t width = kUnitsOfARound * workers.count();
+  int64_t rounds = (count + width - 1) / width;
+  group.all_reduce_max(std::span<int64_t>(&rounds, 1));
+  int64_t finished = total - static_cast<int64_t>(pending.size());
+  if (hooks.start) hooks.start(what, total, finished);
+  for (int64_t round = 0; round < rounds; ++round) {
+    const int64_t begin = std::min(round * width, count), end = std::min(begin + width, count);
+    workers.for_each(end - begin, [&](int64_t i, int) { body(pending[mine[begin + i]]); });
+    int64_t of_all = end - begin;
+    group.all_reduce_sum(std::span<int64_t>(&of_all, 1));
+    finished += of_all;
+    if (hooks.advance) hooks.advance(finished);
+    if (finished < total && hooks.stop_requested && hooks.stop_requested())
+      throw Requeue(
+          fmt::format("stopped after {} of {} {}; what is done is saved, start the same "
+                      "command again to go on",
+                      finished, total, what));
+  }
+}
+
+}  // namespace espalier::compress
