@@ -112,6 +112,7 @@ at::Tensor feed_forward(const Architecture& a, const BlockWeights& block, const 
   };
   if (!a.gated()) return apply(kDown, activate(a.activation, apply(kUp, x)));
   const at::Tensor gate = apply(kGate, x), up = apply(kUp, x);
+  if (!gate.defined() || !up.defined()) return {};
   return apply(kDown, a.activation == Activation::silu ? gated_silu(gate, up)
                                                        : activate(a.activation, gate) * up);
 }

@@ -30,6 +30,7 @@ struct Table {
   void (*softmax_backward_rows)(const float*, const float*, int64_t, int64_t, const int64_t*,
                                 const int64_t*, const float*, const float*, T*, T*, int64_t);
   void (*row_dots)(const T*, const T*, int64_t, int64_t, int64_t, float*);
+  void (*column_square_sums)(const T*, int64_t, int64_t, float*);
   void (*add_to)(float*, const float*, int64_t);
 };
 
@@ -315,6 +316,20 @@ void RowDots(const T* a, const T* b, int64_t rows, int64_t n, int64_t stride, fl
   }
 }
 
+template <class T>
+void ColumnSquareSums(const T* x, int64_t rows, int64_t n, float* sums) {
+  const D d;
+  std::fill(sums, sums + n, 0.0f);
+  for (int64_t row = 0; row < rows; ++row, x += n)
+    sweep(
+        n,
+        [&](int64_t i) {
+          const V v = load(d, x + i);
+          store(d, hn::MulAdd(v, v, load(d, sums + i)), sums + i);
+        },
+        [&](int64_t i) { sums[i] += as_float(x[i]) * as_float(x[i]); });
+}
+
 void AddTo(float* total, const float* addend, int64_t n) {
   const D d;
   sweep(
@@ -326,7 +341,7 @@ template <class T>
 Table<T> MakeTable() {
   return {RmsNorm<T>,     RmsNormBackward<T>, SiluTimes<T>,           SiluTimesBackward<T>,
           RotateHeads<T>, UnrotateHeads<T>,   SoftmaxRows<T>,         SoftmaxBackwardRows<T>,
-          RowDots<T>,     AddTo};
+          RowDots<T>,     ColumnSquareSums<T>, AddTo};
 }
 
 void FillTables(Table<float>* f, Table<uint16_t>* b) {
@@ -438,6 +453,10 @@ void softmax_backward_rows(Storage storage, const float* scores, const float* d_
 void row_dots(Storage storage, const void* a, const void* b, int64_t rows, int64_t n, int64_t stride,
               float* dot) {
   with(storage, [&](const auto& f, auto t) { f.row_dots(in(a, t), in(b, t), rows, n, stride, dot); });
+}
+
+void column_square_sums(Storage storage, const void* x, int64_t rows, int64_t n, float* sums) {
+  with(storage, [&](const auto& f, auto t) { f.column_square_sums(in(x, t), rows, n, sums); });
 }
 
 void add_to(float* total, const float* addend, int64_t n) { tables().f.add_to(total, addend, n); }

@@ -47,6 +47,8 @@ void softmax_backward_rows(Storage storage, const float* scores, const float* d_
 /// dot[i] = sum_j a[i,j] b[i,j], rows of n with `stride`.
 void row_dots(Storage storage, const void* a, const void* b, int64_t rows, int64_t n, int64_t stride,
               float* dot);
+/// sums[j] = sum_i x[i,j]^2 over rows, float32, in the order of the rows.
+void column_square_sums(Storage storage, const void* x, int64_t rows, int64_t n, float* sums);
 /// total += addend, float32.
 void add_to(float* total, const float* addend, int64_t n);
 

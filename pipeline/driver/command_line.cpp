@@ -1,0 +1,104 @@
+#include "pipeline/driver/command_line.h"
+
+#include <fmt/format.h>
+
+#include "pipeline/errors.h"
+
+namespace espalier::driver {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// configs/ of the source tree: found upwards from the executable, else where it was built from.
+fs::path default_config_directory() {
+  std::error_code error;
+  fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path();
+  for (int level = 0; level < 4 && !folder.empty(); ++level, folder = folder.parent_path())
+    if (fs::is_regular_file(folder / "configs" / "default.yaml")) return folder / "configs";
+  return fs::path(ESPALIER_SOURCE_DIR) / "configs";
+}
+
+}  // namespace
+
+std::string usage() {
+  return R"(espalier: prunes a language model, retrains it inside its mask, stores what changed, exports it.
+
+usage: espalier [flags] [overrides]
+       mpirun -n RANKS espalier [flags] [overrides]
+       espalier decode BASE RESIDUAL.h5 OUT     a residual on its base, as a dense checkpoint
+
+flags
+  --config-name NAME    the configuration (default: default)
+  --config-dir DIR      where configurations lie (default: configs/ of the source tree)
+  -m, --multirun        a sweep: comma lists, range(), choice(), glob() in overrides
+  --cfg job|all         print the composed configuration; --resolve replaces interpolations
+  --info defaults       print the defaults list that was composed
+  --help, --version
+
+overrides
+  key=value  +new=value  ++force=value  ~drop  group=choice
+
+example
+  espalier prune=sparsegpt prune.pattern=2:4 model.path=MODEL data.calibration=F.h5 data.train=T.h5 \
+      evaluate.tasks.text.data=E.h5
+)";
+}
+
+CommandLine read_command_line(int count, char** arguments) {
+  CommandLine line;
+  line.request.directory = default_config_directory();
+  const std::vector<std::string> words(arguments + 1, arguments + count);
+  size_t i = 0;
+  if (!words.empty() && words[0] == "decode") {
+    line.wish = CommandLine::Wish::decode;
+    line.decode.assign(words.begin() + 1, words.end());
+    if (line.decode.size() != 3)
+      throw UserError(fmt::format("decode takes BASE RESIDUAL.h5 OUT; {} words are given",
+                                  line.decode.size()));
+    return line;
+  }
+  // "--flag value" and "--flag=value".
+  const auto value = [&](const std::string& flag) {
+    const std::string& word = words[i];
+    if (word.starts_with(flag + "=")) return word.substr(flag.size() + 1);
+    if (++i >= words.size()) throw UserError(flag + " needs a value; see --help");
+    return words[i];
+  };
+  const auto is = [&](const std::string& flag) {
+    return words[i] == flag || words[i].starts_with(flag + "=");
+  };
+  for (; i < words.size(); ++i) {
+    const std::string& word = words[i];
+    if (is("--config-name") || is("-cn")) {
+      line.request.name = value(is("-cn") ? "-cn" : "--config-name");
+    } else if (is("--config-dir") || is("-cd")) {
+      line.request.directory = value(is("-cd") ? "-cd" : "--config-dir");
+    } else if (word == "-m" || word == "--multirun") {
+      line.multirun = true;
+    } else if (is("--cfg") || is("-c")) {
+      const std::string what = value(is("-c") ? "-c" : "--cfg");
+      if (what != "job" && what != "all")
+        throw UserError(fmt::format("--cfg: \"{}\" is none of job, all", what));
+      line.wish = CommandLine::Wish::configuration;
+    } else if (word == "--resolve") {
+      line.resolve = true;
+    } else if (is("--info") || is("-i")) {
+      const std::string what = value(is("-i") ? "-i" : "--info");
+      if (what != "defaults") throw UserError(fmt::format("--info: \"{}\" is not defaults", what));
+      line.wish = CommandLine::Wish::defaults;
+    } else if (word == "--help" || word == "-h") {
+      line.wish = CommandLine::Wish::help;
+    } else if (word == "--version") {
+      line.wish = CommandLine::Wish::version;
+    } else if (word == "--plan") {
+      throw UserError("--plan is not in this version");
+    } else if (word.starts_with("-")) {
+      throw UserError(fmt::format("{} is no flag of espalier; see --help", word));
+    } else {
+      line.request.overrides.push_back(word);
+    }
+  }
+  return line;
+}
+
+}  // namespace espalier::driver

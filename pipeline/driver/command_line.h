@@ -1,0 +1,26 @@
+#pragma once
+/// The command line: Hydra's flags, and overrides in its grammar.
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "pipeline/config/compose.h"
+
+namespace espalier::driver {
+
+struct CommandLine {
+  enum class Wish { run, help, configuration, defaults, version, decode };
+  Wish wish = Wish::run;
+  bool multirun = false, resolve = false;
+  config::Request request;
+  std::vector<std::string> decode;  ///< BASE RESIDUAL OUT
+};
+
+/// Throws UserError that states the usage for what it does not know.
+CommandLine read_command_line(int count, char** arguments);
+
+/// The text of --help before the groups.
+std::string usage();
+
+}  // namespace espalier::driver

@@ -1,0 +1,96 @@
+/// The espalier program: composes, runs, and turns every error into one message and an exit code.
+
+#include <fmt/format.h>
+
+#include <csignal>
+#include <cstdio>
+#include <optional>
+
+#include "pipeline/comm/communicator.h"
+#include "pipeline/driver/command_line.h"
+#include "pipeline/driver/run.h"
+#include "pipeline/driver/signals.h"
+#include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/linalg/product.h"
+#include "stages/compress/decode.h"
+
+namespace {
+
+using namespace espalier;
+using driver::CommandLine;
+
+/// In a sweep each member has a directory of its own, named by its overrides.
+config::Composition compose_member(config::Request request, const std::vector<std::string>& overrides,
+                                   bool sweep) {
+  request.overrides = overrides;
+  config::Composition composition = config::compose(request);
+  if (!sweep) return composition;
+  const std::string name = composition.root().child("run").text("name");
+  request.overrides.push_back(
+      fmt::format("run.dir='outputs/{}-sweep/{}'", name, composition.override_dirname()));
+  return config::compose(request);
+}
+
+void run(const CommandLine& line, std::optional<comm::Communicator>& group) {
+  const auto members = line.multirun
+                           ? config::expand_sweep(line.request)
+                           : std::vector<std::vector<std::string>>{line.request.overrides};
+  for (const auto& overrides : members) {
+    const config::Composition composition = compose_member(line.request, overrides, line.multirun);
+    const double timeout = composition.root().child("cluster").number("timeout_seconds", {.low = 0, .low_open = true});
+    group = comm::Communicator::world(timeout);
+    driver::carry_out(composition, *group);
+  }
+}
+
+void print(const CommandLine& line) {
+  switch (line.wish) {
+    case CommandLine::Wish::help:
+      fmt::print("{}\n{}", driver::usage(), config::describe_groups(line.request.directory));
+      return;
+    case CommandLine::Wish::version: fmt::print("espalier {}\n", ESPALIER_VERSION); return;
+    case CommandLine::Wish::configuration:
+      fmt::print("{}", config::compose(line.request).yaml(line.resolve));
+      return;
+    case CommandLine::Wish::defaults:
+      fmt::print("{}", config::compose(line.request).defaults_list());
+      return;
+    case CommandLine::Wish::decode:
+      linalg::one_library_thread();
+      compress::decode_residual(line.decode[0], line.decode[1], line.decode[2]);
+      fmt::print("decoded into {}\n", line.decode[2]);
+      return;
+    case CommandLine::Wish::run: return;
+  }
+}
+
+int end(const std::optional<comm::Communicator>& group, const std::string& message, int code) {
+  if (group) group->abort(message, code);
+  std::fprintf(stderr, "espalier: %s\n", message.c_str());
+  return code;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  driver::install_signal_handlers();
+  std::optional<comm::Communicator> group;
+  try {
+    const CommandLine line = driver::read_command_line(count, arguments);
+    if (line.wish != CommandLine::Wish::run) {
+      print(line);
+      return 0;
+    }
+    // Before anything may fail: an error of one rank must end all of them with one message.
+    group = comm::Communicator::world(600);
+    run(line, group);
+    return 0;
+  } catch (const Error& error) {
+    return end(group, error.what(), error.exit_code());
+  } catch (const std::bad_alloc&) {
+    return end(group, "out of memory", kExitEnvironment);
+  } catch (const std::exception& error) {
+    return end(group, fmt::format("defect: {}", error.what()), kExitDefect);
+  }
+}

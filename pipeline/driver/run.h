@@ -1,0 +1,16 @@
+#pragma once
+/// One run: a composed configuration carried out in one directory, stage after stage.
+
+#include "pipeline/comm/communicator.h"
+#include "pipeline/config/compose.h"
+
+namespace espalier::driver {
+
+/// Checks everything that can be checked, then carries out the pipeline's entries; an entry whose
+/// manifest has the same key and whose outputs are intact is kept. Collective.
+///
+/// Throws UserError (configuration, data, a run.dir of another configuration), EnvironmentError,
+/// NumericalError, and Requeue when a signal asked for the end and everything is saved.
+void carry_out(const config::Composition& composition, comm::Communicator group);
+
+}  // namespace espalier::driver

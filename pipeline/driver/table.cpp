@@ -1,0 +1,54 @@
+#include "pipeline/driver/table.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/io/manifest.h"
+
+namespace espalier::driver {
+namespace {
+
+using nlohmann::json;
+
+std::string perplexities(const json& metrics) {
+  std::string text;
+  for (const auto& [name, task] : metrics.value("tasks", json::object()).items())
+    text += fmt::format("{}{:.3f}", text.empty() ? "" : " ", task.value("perplexity", 0.0));
+  return text;
+}
+
+std::string fact(const json& metrics) {
+  if (metrics.contains("model"))
+    return fmt::format("{:.1f} M nonzeros", metrics["model"].value("nonzeros", 0.0) / 1e6);
+  if (metrics.contains("pattern"))
+    return metrics.value("method", "") + " " + metrics.value("pattern", "");
+  if (metrics.contains("steps"))
+    return fmt::format("loss {:.3f} to {:.3f}", metrics.value("loss_first", 0.0),
+                       metrics.value("loss_last", 0.0));
+  if (metrics.contains("share")) return fmt::format("{:.2f} % of the bytes", 100 * metrics.value("share", 0.0));
+  return metrics.value("directory", "");
+}
+
+}  // namespace
+
+void print_table(const std::filesystem::path& run_directory, const std::vector<Entry>& entries) {
+  fmt::print("\n{:<16}{:>12}  {:<28}{:>10}{:>12}\n", "stage", "perplexity", "", "seconds", "peak MiB");
+  for (const auto& entry : entries) {
+    const auto directory = run_directory / entry.directory;
+    const auto manifest = io::read_manifest(directory);
+    if (!manifest) continue;
+    const json metrics = json::parse(io::read_file(directory / "metrics.json"), nullptr, false);
+    if (!metrics.is_object()) continue;
+    const auto& peaks = manifest->peak_resident_bytes;
+    const int64_t peak = peaks.empty() ? 0 : *std::max_element(peaks.begin(), peaks.end());
+    fmt::print("{:<16}{:>12}  {:<28}{:>10.1f}{:>12}\n", entry.directory, perplexities(metrics),
+               fact(metrics), manifest->seconds, peak >> 20);
+  }
+  fmt::print("\nresults lie in {}\n", run_directory.string());
+  std::fflush(stdout);
+}
+
+}  // namespace espalier::driver

@@ -1,0 +1,62 @@
+/// The `export` stage: the model as a dense checkpoint that `transformers` loads as it is.
+
+#include <fmt/format.h>
+
+#include "pipeline/driver/stage.h"
+#include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint.h"
+
+namespace espalier::exporting {
+namespace {
+
+namespace fs = std::filesystem;
+
+class ExportStage : public driver::Stage {
+ public:
+  explicit ExportStage(const config::Section& section) {
+    section.allow({"stage", "from"});
+    section.choice("format", {"dense"});
+    directory_ = section.optional_text("directory");
+  }
+
+  void check(const driver::RunContext& run, const fs::path& start_model) const override {
+    if (!run.group.is_root()) return;
+    const fs::path target = directory_ ? fs::path(*directory_) : run.directory;
+    if (directory_ && fs::exists(target) && fs::equivalent(target, start_model))
+      throw UserError(fmt::format("export.directory: {} is the model the run starts from; choose "
+                                  "another directory",
+                                  target.string()));
+    io::require_space(target, io::Checkpoint::open(start_model).bytes());
+  }
+
+  driver::StageResult carry_out(driver::StageContext& context) const override {
+    const fs::path target = directory_ ? fs::path(*directory_) : context.directory / "model";
+    driver::StageResult result{target, {}};
+    context.progress.start("model", 1);
+    if (context.run.group.is_root()) {
+      const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
+      io::write_dense(checkpoint, target, context.run.dtype);
+      int64_t bytes = 0, files = 0;
+      for (const auto& entry : fs::directory_iterator(target)) {
+        bytes += static_cast<int64_t>(entry.file_size());
+        ++files;
+      }
+      result.metrics = {{"directory", target.string()}, {"bytes", bytes}, {"files", files}};
+      context.progress.say("exported to " + target.string());
+    }
+    context.progress.finish();
+    return result;
+  }
+
+ private:
+  std::optional<std::string> directory_;
+};
+
+const driver::StageRegistration registration{
+    "export", [](const config::Section& section) -> std::unique_ptr<driver::Stage> {
+      return std::make_unique<ExportStage>(section);
+    }};
+
+}  // namespace
+}  // namespace espalier::exporting

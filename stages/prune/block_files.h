@@ -1,0 +1,40 @@
+#pragma once
+/// What pruning leaves of each block, written when the block is done: the journal that a restarted
+/// run goes on from, and the parts of the stage's artifacts.
+///
+///   model/block-00007.safetensors   the block's pruned weights, in the model's dtype
+///   state/mask-00007.safetensors    the same matrices' masks, one bit a weight (1: pruned)
+///   masks.h5                        all masks: uint8 [rows, ceil(columns / 8)], most significant bit
+///                                   first, attribute columns; written when every block is done
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <span>
+
+#include "pipeline/driver/stage.h"
+#include "stages/prune/matrix_pruning.h"
+
+namespace espalier::prune {
+
+class BlockFiles {
+ public:
+  explicit BlockFiles(const driver::StageContext& context);
+
+  /// Blocks 0 .. done-1 are on disk whole (the same answer on every rank; collective).
+  int64_t finished_blocks(const comm::Communicator& group, int64_t blocks) const;
+  /// Written by rank 0: `tasks` named by their weight's tensor name.
+  void write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype) const;
+  /// masks.h5 from the journal, and the matrices' zeros: [{name, rows, columns, zeros, sparsity}].
+  nlohmann::json assemble_masks(int64_t blocks) const;
+  std::filesystem::path model_directory() const { return directory_ / "model"; }
+  /// The written weights of `block`, by tensor name.
+  std::filesystem::path weights_file(int64_t block) const;
+
+ private:
+  std::filesystem::path mask_file(int64_t block) const;
+
+  std::filesystem::path directory_, state_;
+};
+
+}  // namespace espalier::prune
