@@ -139,20 +139,20 @@ def test_zeros_are_2_of_4_and_stay_where_pruning_made_them(exported):
 
 
 # ----------------------------------------------------------------------- nothing is computed twice
+@pytest.fixture(scope="module")
+def finished_once(files, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    run_well(*settings(files, run_dir))
+    return run_dir
+
+
 @pytest.fixture
-def finished(files, tmp_path_factory, request):
-    """A finished run of each test's own."""
-    kept = getattr(request.module, "_finished_run", None)
-    if kept is None:
-        kept = tmp_path_factory.mktemp("finished") / "kept"
-        run_well(*settings(files, kept / "run"))
-        request.module._finished_run = kept
-    # The same path again: a run directory is moved, used, and moved back.
-    run_dir = kept / "run"
-    shutil.copytree(run_dir, kept / "copy", symlinks=True)
-    yield run_dir
-    shutil.rmtree(run_dir)
-    (kept / "copy").rename(run_dir)
+def finished(finished_once, tmp_path):
+    """A finished run as it was left, always under the same path, whatever a test does to it."""
+    shutil.copytree(finished_once, tmp_path / "kept", symlinks=True)
+    yield finished_once
+    shutil.rmtree(finished_once)
+    shutil.move(tmp_path / "kept", finished_once)
 
 
 def test_the_same_command_again_runs_nothing_and_ends_soon(files, finished):
