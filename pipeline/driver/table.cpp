@@ -15,7 +15,8 @@ using nlohmann::json;
 
 std::string perplexities(const json& metrics) {
   std::string text;
-  for (const auto& [name, task] : metrics.value("tasks", json::object()).items())
+  const json tasks = metrics.value("tasks", json::object());  // items() keeps no copy
+  for (const auto& [name, task] : tasks.items())
     text += fmt::format("{}{:.3f}", text.empty() ? "" : " ", task.value("perplexity", 0.0));
   return text;
 }
