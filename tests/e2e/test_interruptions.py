@@ -1,0 +1,197 @@
+"""Ranks that are killed or asked to stop, and a disk that fills: the same command again gives the bits
+of an undisturbed run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import program
+from program import Started, differences, results, run_well, settings
+from small_model import write_files
+
+BLOCKS = 10
+# Enough work in each stage that a signal meets it there.
+WORK = dict(pipeline="[prune,retrain,evaluate,compress,export]", prune="sparsegpt", prune__samples=96,
+            prune__sequence_length=128, retrain__steps=60, retrain__dropout=0.05)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("deep"), BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_well(*settings(files, run_dir, **WORK), ranks=2)
+    return results(run_dir)
+
+
+def steps_done(run_dir: Path) -> list[int]:
+    file = run_dir / "metrics.jsonl"
+    if not file.exists():
+        return []
+    return [json.loads(line)["step"] for line in file.read_text().splitlines(keepends=True)
+            if line.endswith("\n") and '"step"' in line and json.loads(line).get("event") == "step"]
+
+
+def pruning_has_saved(run_dir: Path, count: int) -> bool:
+    """At least so many files (without temporary ones) lie in the state of the prune stage."""
+    files = [path for path in (run_dir / "01-prune" / "state").rglob("*") if path.is_file()]
+    return len([path for path in files if path.suffix in (".h5", ".safetensors", ".json")]) >= count
+
+
+def training_is_at(run_dir: Path, step: int) -> bool:
+    return max(steps_done(run_dir), default=0) >= step
+
+
+def unfinished(run_dir: Path, stage: str) -> bool:
+    return not (run_dir / stage / "manifest.json").exists()
+
+
+# ------------------------------------------------------------------------------------------ kills
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_rank_killed_in_prune_and_in_retrain_leaves_the_bits_of_an_undisturbed_run(
+        files, undisturbed, tmp_path, seed):
+    chance = random.Random(seed)
+    run_dir = tmp_path / "run"
+    command = settings(files, run_dir, **WORK)
+
+    def kill(condition, stage):
+        job = Started(command, ranks=2)
+        job.wait_until(condition)
+        time.sleep(chance.random() * 0.05)
+        job.signal(signal.SIGKILL, [chance.randrange(2)])
+        ended = job.end(timeout=30)
+        assert ended.code != 0
+        assert unfinished(run_dir, stage), f"{stage} was over before the kill: give it more work"
+
+    kill(lambda: pruning_has_saved(run_dir, chance.randint(1, 3)), "01-prune")
+    kill(lambda: pruning_has_saved(run_dir, 5), "01-prune")
+    kill(lambda: training_is_at(run_dir, 7 + chance.randrange(20)), "02-retrain")
+    before = len(steps_done(run_dir))
+    kill(lambda: len(steps_done(run_dir)) > before + 10 and training_is_at(run_dir, 30), "02-retrain")
+    before = len(steps_done(run_dir))
+    run_well(*command, ranks=2)
+    # What was saved was used: training went on from its last checkpoint (every 5 steps).
+    assert steps_done(run_dir)[before] >= 26
+    assert differences(undisturbed, results(run_dir)) == []
+
+
+def test_a_run_killed_on_two_ranks_goes_on_with_three_and_with_one(files, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    job = Started(settings(files, run_dir, **WORK), ranks=2)
+    job.wait_until(lambda: pruning_has_saved(run_dir, 2))
+    job.signal(signal.SIGKILL)
+    assert job.end(timeout=30).code != 0
+    job = Started(settings(files, run_dir, **WORK), ranks=3)
+    job.wait_until(lambda: training_is_at(run_dir, 12))
+    job.signal(signal.SIGKILL, [2])
+    assert job.end(timeout=30).code != 0
+    run_well(*settings(files, run_dir, **WORK, cluster__threads_per_rank=2))
+    assert differences(undisturbed, results(run_dir)) == []
+
+
+def test_no_state_and_no_temporary_file_is_left_by_a_resumed_run(files, tmp_path):
+    run_dir = tmp_path / "run"
+    short = {**WORK, "pipeline": "[prune]"}
+    job = Started(settings(files, run_dir, **short), ranks=2)
+    job.wait_until(lambda: pruning_has_saved(run_dir, 2))
+    job.signal(signal.SIGKILL)
+    job.end(timeout=30)
+    run_well(*settings(files, run_dir, **short), ranks=2)
+    left = [str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()]
+    assert not [name for name in left if "/state/" in name or "tmp" in name or "temporary" in name], left
+
+
+# ---------------------------------------------------------------------------------------- signals
+def test_sigterm_saves_and_asks_for_requeue_and_the_run_goes_on(files, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    command = settings(files, run_dir, **WORK)
+
+    def stop(condition, stage, send):
+        job = Started(command, ranks=2)
+        job.wait_until(condition)
+        send(job)
+        ended = job.end(timeout=30)
+        assert ended.code == 75, str(ended)
+        assert len(ended.messages) == 1, str(ended)
+        assert unfinished(run_dir, stage)
+
+    stop(lambda: pruning_has_saved(run_dir, 2), "01-prune", lambda job: job.signal(signal.SIGTERM))
+    # Slurm's notice: mpirun hands USR1 on to every rank.
+    stop(lambda: training_is_at(run_dir, 7), "02-retrain", lambda job: os.kill(job.process.pid, signal.SIGUSR1))
+    reached = max(steps_done(run_dir))
+    before = len(steps_done(run_dir))
+    # One rank alone hears of it; all stop.
+    stop(lambda: len(steps_done(run_dir)) > before + 5, "02-retrain", lambda job: job.signal(signal.SIGTERM, [1]))
+    # Nothing that was done is done again: the step of the signal is saved, not only every fifth.
+    assert steps_done(run_dir)[before] == reached + 1
+    run_well(*command, ranks=2)
+    assert sorted(set(steps_done(run_dir))) == list(range(1, 61))
+    assert len(steps_done(run_dir)) == 60
+    assert differences(undisturbed, results(run_dir)) == []
+
+
+# -------------------------------------------------------------------------------------- full disk
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a disk of so many bytes."""
+    mounted = []
+
+    def make(size: int) -> Path:
+        directory = tmp_path / f"disk{len(mounted)}"
+        directory.mkdir()
+        if os.geteuid() != 0 or shutil.which("mount") is None:
+            pytest.skip("skipped: only root mounts a small tmpfs")
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory], capture_output=True,
+                              text=True)
+        if done.returncode != 0:
+            pytest.skip(f"skipped: no tmpfs can be mounted here: {done.stderr.strip()}")
+        mounted.append(directory)
+        return directory
+
+    yield make
+    for directory in mounted:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+def test_a_disk_too_small_is_refused_before_any_work_with_the_numbers(files, small_disk):
+    disk = small_disk(64 << 10)
+    ended = program.run(*settings(files, disk / "run", **WORK), ranks=2)
+    assert ended.code == 3, str(ended)
+    assert len(ended.messages) == 1, str(ended)
+    assert str(disk / "run") in ended.messages[0]
+    assert "free" in ended.messages[0] or "space" in ended.messages[0]
+    assert not list(disk.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("stage", ["prune", "retrain"])
+def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(files, undisturbed, small_disk, stage):
+    disk = small_disk(64 << 20)
+    run_dir = disk / "run"
+    command = settings(files, run_dir, **WORK)
+    job = Started(command, ranks=2)
+    job.wait_until(lambda: pruning_has_saved(run_dir, 2) if stage == "prune" else training_is_at(run_dir, 7))
+    filler = disk / "filler"
+    try:
+        with open(filler, "wb", buffering=0) as out:
+            while out.write(b"\0" * (1 << 16)):
+                pass
+    except OSError:  # the disk is full
+        pass
+    ended = job.end(timeout=60)
+    assert ended.code == 3, str(ended)
+    assert len(ended.messages) == 1, str(ended)
+    assert str(run_dir) in ended.messages[0]
+    assert "space" in ended.messages[0]
+    filler.unlink()
+    run_well(*command, ranks=2)
+    assert differences(undisturbed, results(run_dir)) == []
