@@ -247,8 +247,8 @@ class SppLinear(nn.Module):
 
     def added(self, x):
         alpha, beta = self.alpha.to(self.weight.dtype), self.beta.to(self.weight.dtype)
-        repeated = alpha.repeat_interleave(self.weight.shape[0] // alpha.shape[0], dim=0)
-        return functional.linear(x, self.weight * repeated * beta[:, None])
+        groups = self.weight.view(alpha.shape[0], -1, alpha.shape[1])
+        return functional.linear(x, (groups * alpha[:, None]).view_as(self.weight) * beta[:, None])
 
     def forward(self, x):
         if self.recompute == "added":
