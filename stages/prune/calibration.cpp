@@ -171,7 +171,9 @@ struct Calibration::Collector {
       InputSum& first = *sums[0][input];
       std::vector<int> exponents(wants_gram(calibration.options_) ? sizes[input] : 1);
       if (unit_0 != nullptr) {
-        if (!(*unit_0)[input].isfinite().all().item<bool>())
+        // Of a Gram only the upper triangle is there; what is not finite shows on its diagonal.
+        const at::Tensor& unit = (*unit_0)[input];
+        if (!(unit.dim() == 2 ? unit.diagonal() : unit).isfinite().all().item<bool>())
           throw NumericalError(fmt::format(
               "block {}: {} holds NaN or Inf during calibration; check the weights of this block "
               "and the one before",
@@ -239,8 +241,9 @@ std::array<InputStatistics, model::kInputs> Calibration::collect(
     const model::BlockWeights& block, int64_t index, const std::vector<const model::Linear*>& layers,
     const std::function<void(const std::string&)>& say) {
   Collector collector{*this, block, index, inputs_of(layers)};
-  constexpr int kMostHeadroom = 40;
-  for (int headroom = 8; !collector.collect(headroom); headroom += 8) {
+  // SmolLM2's units exceed the first by up to 2^9.7 (down projection of the first and last blocks).
+  constexpr int kHeadroom = 14, kMostHeadroom = 40;
+  for (int headroom = kHeadroom; !collector.collect(headroom); headroom += 8) {
     if (headroom >= kMostHeadroom)
       throw NumericalError(fmt::format(
           "block {}: calibration sequences differ by more than 2^{} in size", index, headroom));
