@@ -145,6 +145,7 @@ def test_a_run_stopped_after_its_last_block_still_tells_what_it_did_before(files
     short = {**WORK, "pipeline": "[prune]"}
     job = Started(settings(files, run_dir, **short), ranks=2)
     job.wait_until(lambda: pruning_has_saved(run_dir, BLOCKS - 1))
+    time.sleep(0.03)  # it has begun its last block
     job.signal(signal.SIGTERM)
     assert job.end(timeout=30).code == 75
     run_well(*settings(files, run_dir, **short), ranks=2)
