@@ -2,12 +2,14 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 
 #include "pipeline/errors.h"
 
@@ -24,6 +26,21 @@ std::string clock_text(double seconds) {
   const auto whole = static_cast<int64_t>(std::llround(seconds));
   return whole < 3600 ? fmt::format("{}:{:02}", whole / 60, whole % 60)
                       : fmt::format("{}:{:02}:{:02}", whole / 3600, whole / 60 % 60, whole % 60);
+}
+
+/// mpirun gives its ranks a terminal whatever its own output is, so the question is put to its
+/// output, which is what a person reads. Where the parent is no mpirun (another node) it is a log.
+bool output_is_terminal() {
+  if (isatty(STDOUT_FILENO) == 0) return false;
+  if (std::getenv("OMPI_COMM_WORLD_RANK") == nullptr) return true;
+  const std::string output = fmt::format("/proc/{}/fd/1", getppid());
+  struct stat status {};
+  if (stat(output.c_str(), &status) != 0 || !S_ISCHR(status.st_mode)) return false;
+  const int file = open(output.c_str(), O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+  if (file < 0) return false;
+  const bool terminal = isatty(file) != 0;
+  close(file);
+  return terminal;
 }
 
 double unix_time() {
@@ -76,7 +93,7 @@ Progress::Progress(std::string stage, std::filesystem::path metrics_file)
   state_->stage = std::move(stage);
   state_->shown = !metrics_file.empty();
   state_->metrics_file = std::move(metrics_file);
-  state_->terminal = isatty(STDOUT_FILENO) != 0;
+  state_->terminal = output_is_terminal();
   if (!state_->shown) return;
   state_->metrics =
       open(state_->metrics_file.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
@@ -104,7 +121,8 @@ void Progress::advance(int64_t done, const std::string& detail) {
   State& s = *state_;
   s.done = done;
   if (!s.shown) return;
-  const double share = static_cast<double>(done) / static_cast<double>(std::max<int64_t>(s.total, 1));
+  const double share =
+      static_cast<double>(done) / static_cast<double>(std::max<int64_t>(s.total, 1));
   const double quiet = seconds_since(s.last_line);
   const bool due = s.terminal ? quiet >= 0.1 : quiet >= 10 || share >= s.last_share + 0.1;
   if (!due || done >= s.total) return;  // finish() has the last line

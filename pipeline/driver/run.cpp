@@ -36,18 +36,50 @@ struct Running {
   fs::path model_of(const std::string& entry) const {
     const auto found = models.find(entry);
     if (found == models.end())
-      throw UserError(fmt::format("\"{}\" is neither start nor an entry of the pipeline before this "
-                                  "one",
-                                  entry));
+      throw UserError(
+          fmt::format("\"{}\" is neither start nor an entry of the pipeline before this "
+                      "one",
+                      entry));
     return found->second;
   }
 };
 
-/// The key hashes configuration, everything before, the data and the numerics; never ranks or threads.
+/// The key hashes configuration, everything before, the data and the numerics; never ranks or
+/// threads.
 std::string key_of(const Running& running, const Entry& entry) {
-  return io::checksum(fmt::format("{}\n{}\n{}\n{}\n{}\n{}", kNumericsVersion, entry.kind,
+  const auto& group = running.run.group;
+  const std::string inputs =
+      group.broadcast(group.is_root() ? entry.stage->checksum_of_inputs() : std::string());
+  return io::checksum(fmt::format("{}\n{}\n{}\n{}\n{}\n{}\n{}", kNumericsVersion, entry.kind,
                                   entry.canonical, entry.from, running.chain,
-                                  static_cast<int>(running.run.dtype)));
+                                  static_cast<int>(running.run.dtype), inputs));
+}
+
+/// What a stage wrote outside its directory (an export to a directory of the person's own).
+json outputs_elsewhere(const fs::path& stage_directory, const fs::path& model) {
+  if (fs::absolute(model).lexically_normal() ==
+      fs::absolute(stage_directory / "model").lexically_normal())
+    return nullptr;
+  json files = json::array();
+  for (const auto& output : io::list_outputs(model))
+    files.push_back(
+        {{"path", output.path}, {"bytes", output.bytes}, {"checksum", output.checksum}});
+  return {{"directory", fs::absolute(model).string()}, {"files", files}};
+}
+
+std::string damage_elsewhere(const json& facts) {
+  if (!facts.contains("elsewhere") || facts["elsewhere"].is_null()) return {};
+  io::Manifest manifest;
+  for (const json& file : facts["elsewhere"].at("files"))
+    manifest.outputs.push_back({file.at("path").get<std::string>(), file.at("bytes").get<int64_t>(),
+                                file.at("checksum").get<std::string>()});
+  return io::damaged_output(facts["elsewhere"].at("directory").get<std::string>(), manifest);
+}
+
+/// The first output that is missing or altered, wherever it lies.
+std::string damage_of(const fs::path& directory, const io::Manifest& manifest) {
+  const std::string damage = io::damaged_output(directory, manifest);
+  return damage.empty() ? damage_elsewhere(manifest.facts) : damage;
 }
 
 /// True when the stage stands as an earlier start left it. Rank 0 looks, all ranks hear; what does
@@ -57,9 +89,8 @@ bool stands(const Running& running, const Entry& entry, const std::string& key) 
   if (running.run.group.is_root()) {
     const fs::path directory = running.run.directory / entry.directory;
     const auto manifest = io::read_manifest(directory);
-    const std::string damage = manifest && manifest->key == key
-                                   ? io::damaged_output(directory, *manifest)
-                                   : std::string();
+    const std::string damage =
+        manifest && manifest->key == key ? damage_of(directory, *manifest) : std::string();
     kept = manifest && manifest->key == key && damage.empty();
     if (kept) {
       fmt::print("{}  done before, kept\n", entry.directory);
@@ -90,14 +121,14 @@ std::vector<int64_t> of_all_ranks(const comm::Communicator& group, int64_t value
 }
 
 /// metrics.json, then the manifest: only now the stage is finished.
-void finish(const Running& running, const Entry& entry, const std::string& key, const json& metrics,
-            double seconds, int64_t sent_before) {
+void finish(const Running& running, const Entry& entry, const std::string& key,
+            const StageResult& result, double seconds, int64_t sent_before) {
   const auto& group = running.run.group;
   const auto peaks = of_all_ranks(group, peak_resident_bytes());
   const auto sent = of_all_ranks(group, group.bytes_sent() - sent_before);
   if (!group.is_root()) return;
   const fs::path directory = running.run.directory / entry.directory;
-  io::write_file(directory / "metrics.json", metrics.dump(2) + "\n");
+  io::write_file(directory / "metrics.json", result.metrics.dump(2) + "\n");
   io::Manifest manifest;
   manifest.stage = entry.node;
   manifest.key = key;
@@ -113,6 +144,8 @@ void finish(const Running& running, const Entry& entry, const std::string& key, 
                     {"products", linalg::product_description()},
                     {"dtype", running.run.dtype == at::kFloat ? "float32" : "bfloat16"},
                     {"kind", entry.kind}};
+  if (entry.kind == "export")
+    manifest.facts["elsewhere"] = outputs_elsewhere(directory, result.model);
   io::write_manifest(directory, manifest);
   fs::remove_all(directory / "state");
 }
@@ -135,12 +168,13 @@ void run_entry(Running& running, const Entry& entry) {
     const auto started = std::chrono::steady_clock::now();
     Progress progress(entry.directory,
                       group.is_root() ? running.run.directory / "metrics.jsonl" : fs::path());
-    StageContext context{running.run, entry.node, running.run.directory / entry.directory, input,
-                         progress, [&](const std::string& name) { return running.model_of(name); }};
+    StageContext context{
+        running.run, entry.node, running.run.directory / entry.directory,
+        input,       progress,   [&](const std::string& name) { return running.model_of(name); }};
     const StageResult result = entry.stage->carry_out(context);
     const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-    finish(running, entry, key, result.metrics, seconds, sent_before);
+    finish(running, entry, key, result, seconds, sent_before);
   }
   group.barrier();
   running.models[entry.name] = model_left_by(running, entry, input);
@@ -153,7 +187,8 @@ std::string start_of_chain(const Shared& shared) {
     return file.empty() ? std::string("none") : io::file_checksum(file);
   };
   return io::checksum(fmt::format("{} {} {} {}", io::Checkpoint::open(shared.model).fingerprint(),
-                                  data(shared.calibration_data), data(shared.train_data), shared.seed));
+                                  data(shared.calibration_data), data(shared.train_data),
+                                  shared.seed));
 }
 
 }  // namespace

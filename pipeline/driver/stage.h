@@ -23,15 +23,15 @@ struct RunContext {
   Workers* workers = nullptr;
   std::filesystem::path directory;  ///< run.dir
   uint64_t seed = 0;
-  at::ScalarType dtype;             ///< model.dtype: products, and weights between stages
+  at::ScalarType dtype;  ///< model.dtype: products, and weights between stages
   std::filesystem::path calibration_data, train_data;  ///< empty when unset
 };
 
 struct StageContext {
   const RunContext& run;
-  std::string node;                    ///< "prune", "prune_again"
-  std::filesystem::path directory;     ///< <run.dir>/03-prune
-  std::filesystem::path input_model;   ///< a checkpoint or a derived model directory
+  std::string node;                   ///< "prune", "prune_again"
+  std::filesystem::path directory;    ///< <run.dir>/03-prune
+  std::filesystem::path input_model;  ///< a checkpoint or a derived model directory
   Progress& progress;
   /// The model a pipeline entry left ("start", "evaluate#2", "retrain"); the model the last retrain
   /// stage took is "retrain.input".
@@ -42,18 +42,22 @@ struct StageContext {
 };
 
 struct StageResult {
-  std::filesystem::path model;  ///< what the next stage reads; the input when the stage changes none
-  nlohmann::json metrics;       ///< written to metrics.json by the driver
+  std::filesystem::path
+      model;               ///< what the next stage reads; the input when the stage changes none
+  nlohmann::json metrics;  ///< written to metrics.json by the driver
 };
 
 /// One stage of one run: configured (and checked) before anything runs, then carried out.
 class Stage {
  public:
   virtual ~Stage() = default;
-  /// Checks paths, shapes, vocabulary against the model the *run starts from*: everything that can be
-  /// refused before work begins. Throws UserError.
+  /// Checks paths, shapes, vocabulary against the model the *run starts from*: everything that can
+  /// be refused before work begins. Throws UserError.
   virtual void check(const RunContext& run, const std::filesystem::path& start_model) const = 0;
   virtual StageResult carry_out(StageContext& context) const = 0;
+  /// Checksums of what it reads besides its model, data.calibration and data.train: when they
+  /// change, the stage is run again. Called on rank 0.
+  virtual std::string checksum_of_inputs() const { return {}; }
 };
 
 /// Reads its keys (config::Section) and gives the stage.

@@ -82,6 +82,14 @@ class CompressStage : public driver::Stage {
     require_comparable(base, fine_tuned_given ? io::Checkpoint::open(options_.fine_tuned) : start);
   }
 
+  std::string checksum_of_inputs() const override {
+    std::string fingerprints;
+    for (const std::string& model : {options_.base.value_or(""), options_.fine_tuned})
+      if (model != "previous" && is_directory(model))
+        fingerprints += io::Checkpoint::open(model).fingerprint() + " ";
+    return fingerprints;
+  }
+
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const driver::RunContext& run = context.run;
     Settings settings = options_.settings;

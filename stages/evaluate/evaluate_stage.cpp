@@ -7,6 +7,7 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/io/checksum.h"
 #include "pipeline/model/architecture.h"
 #include "stages/evaluate/perplexity.h"
 
@@ -63,6 +64,12 @@ class EvaluateStage : public driver::Stage {
     for (const auto& task : tasks_) segments_of(open(task, architecture, start_model));
   }
 
+  std::string checksum_of_inputs() const override {
+    std::string checksums;
+    for (const auto& task : tasks_) checksums += io::file_checksum(task.data) + " ";
+    return checksums;
+  }
+
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
     const model::Architecture architecture = model::read_architecture(checkpoint);
@@ -71,16 +78,17 @@ class EvaluateStage : public driver::Stage {
     for (const auto& task : tasks_) {
       const PerplexityTask opened = open(task, architecture, context.input_model);
       const Perplexity result = measure_perplexity(context, checkpoint, opened);
-      metrics["tasks"][task.name] = {{"kind", "perplexity"},
-                                     {"perplexity", result.perplexity},
-                                     {"mean_loss", result.mean_loss},
-                                     {"tokens", result.tokens},
-                                     {"segments", result.segments},
-                                     {"sequence_length", task.sequence_length},
-                                     {"dtype", context.run.dtype == at::kFloat ? "float32" : "bfloat16"},
-                                     {"seed", context.run.seed},
-                                     {"data", task.data.filename().string()},
-                                     {"data_checksum", opened.set.checksum()}};
+      metrics["tasks"][task.name] = {
+          {"kind", "perplexity"},
+          {"perplexity", result.perplexity},
+          {"mean_loss", result.mean_loss},
+          {"tokens", result.tokens},
+          {"segments", result.segments},
+          {"sequence_length", task.sequence_length},
+          {"dtype", context.run.dtype == at::kFloat ? "float32" : "bfloat16"},
+          {"seed", context.run.seed},
+          {"data", task.data.filename().string()},
+          {"data_checksum", opened.set.checksum()}};
       context.progress.say(fmt::format("{}: perplexity {:.3f} ({} segments of {})", task.name,
                                        result.perplexity, result.segments, task.sequence_length));
       context.progress.metric({{"task", task.name}, {"perplexity", result.perplexity}});

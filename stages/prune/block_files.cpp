@@ -3,11 +3,17 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <map>
+#include <string>
+
 #include "pipeline/io/hdf5.h"
 #include "pipeline/io/safetensors.h"
 
 namespace espalier::prune {
 namespace {
+
+constexpr const char* kDamping = "damping";  // in the journal, beside the columns of each matrix
 
 at::Tensor pack_bits(const at::Tensor& mask) {
   const int64_t rows = mask.size(0), columns = mask.size(1), width = (columns + 7) / 8;
@@ -48,9 +54,10 @@ int64_t BlockFiles::finished_blocks(const comm::Communicator& group, int64_t blo
   return done;
 }
 
-void BlockFiles::write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype) const {
+void BlockFiles::write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype,
+                       double damping) const {
   std::vector<std::pair<std::string, at::Tensor>> weights, masks;
-  std::map<std::string, std::string> columns;
+  std::map<std::string, std::string> columns = {{kDamping, fmt::format("{}", damping)}};
   for (const auto& task : tasks) {
     weights.emplace_back(task.name, task.weight.to(dtype).contiguous());
     masks.emplace_back(task.name, pack_bits(task.mask));
@@ -58,6 +65,15 @@ void BlockFiles::write(int64_t block, std::span<const MatrixTask> tasks, at::Sca
   }
   io::write_safetensors(weights_file(block), weights);
   io::write_safetensors(mask_file(block), masks, columns);  // last: its presence says "done"
+}
+
+double BlockFiles::largest_damping(int64_t blocks) const {
+  double largest = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const io::SafetensorsFile masks(mask_file(block));
+    largest = std::max(largest, std::stod(masks.metadata().at(kDamping)));
+  }
+  return largest;
 }
 
 nlohmann::json BlockFiles::assemble_masks(int64_t blocks) const {
@@ -72,11 +88,12 @@ nlohmann::json BlockFiles::assemble_masks(int64_t blocks) const {
       out.write(dataset, packed);
       out.attribute(dataset, "columns", columns);
       const int64_t zeros = count_bits(packed);
-      matrices.push_back({{"name", name},
-                          {"rows", rows},
-                          {"columns", columns},
-                          {"zeros", zeros},
-                          {"sparsity", static_cast<double>(zeros) / static_cast<double>(rows * columns)}});
+      matrices.push_back(
+          {{"name", name},
+           {"rows", rows},
+           {"columns", columns},
+           {"zeros", zeros},
+           {"sparsity", static_cast<double>(zeros) / static_cast<double>(rows * columns)}});
     }
   }
   out.commit();

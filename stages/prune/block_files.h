@@ -4,7 +4,8 @@
 ///
 ///   model/block-00007.safetensors   the block's pruned weights, in the model's dtype
 ///   state/mask-00007.safetensors    the same matrices' masks, one bit a weight (1: pruned)
-///   masks.h5                        all masks: uint8 [rows, ceil(columns / 8)], most significant bit
+///   masks.h5                        all masks: uint8 [rows, ceil(columns / 8)], most significant
+///   bit
 ///                                   first, attribute columns; written when every block is done
 
 #include <cstdint>
@@ -23,8 +24,12 @@ class BlockFiles {
 
   /// Blocks 0 .. done-1 are on disk whole (the same answer on every rank; collective).
   int64_t finished_blocks(const comm::Communicator& group, int64_t blocks) const;
-  /// Written by rank 0: `tasks` named by their weight's tensor name.
-  void write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype) const;
+  /// Written by rank 0: `tasks` named by their weight's tensor name. `damping`: the largest that
+  /// the block's factors took, 0 without factors.
+  void write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype,
+             double damping) const;
+  /// The largest damping of all blocks, those of earlier starts too.
+  double largest_damping(int64_t blocks) const;
   /// masks.h5 from the journal, and the matrices' zeros: [{name, rows, columns, zeros, sparsity}].
   nlohmann::json assemble_masks(int64_t blocks) const;
   std::filesystem::path model_directory() const { return directory_ / "model"; }

@@ -1,5 +1,5 @@
-/// The `prune` stage: blocks in order; calibration sequences through a block, its inputs' statistics,
-/// its matrices pruned over ranks and workers, the sequences through the pruned block.
+/// The `prune` stage: blocks in order; calibration sequences through a block, its inputs'
+/// statistics, its matrices pruned over ranks and workers, the sequences through the pruned block.
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
@@ -31,13 +31,14 @@ struct Factors {
 class PruneStage : public driver::Stage {
  public:
   explicit PruneStage(const config::Section& section) : options_(read_options(section)) {}
-  void check(const driver::RunContext& run, const std::filesystem::path& start_model) const override;
+  void check(const driver::RunContext& run,
+             const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
 
  private:
   void prune_block(driver::StageContext& context, const model::Architecture& architecture,
                    model::BlockWeights& block, int64_t index, Calibration* calibration,
-                   const BlockFiles& files, double& damping) const;
+                   const BlockFiles& files) const;
   Factors factor(driver::StageContext& context, int64_t block,
                  std::array<InputStatistics, model::kInputs>& statistics) const;
 
@@ -84,16 +85,16 @@ Factors PruneStage::factor(driver::StageContext& context, int64_t block,
   run.workers->for_each(static_cast<int64_t>(mine.size()), [&](int64_t i, int) {
     c10::InferenceMode guard;
     const int input = mine[i];
-    factors.factor[input] = linalg::inverse_factor(
-        statistics[input].gram, options_.damping,
-        fmt::format("block {} input {}", block, input), reports[input]);
+    factors.factor[input] =
+        linalg::inverse_factor(statistics[input].gram, options_.damping,
+                               fmt::format("block {} input {}", block, input), reports[input]);
   });
   for (int input : order) {
     const int64_t n = statistics[input].gram.size(0);
     if (!factors.factor[input].defined()) factors.factor[input] = at::empty({n, n});
-    run.group.broadcast(
-        comm::bytes_of(std::span(factors.factor[input].data_ptr<float>(), static_cast<size_t>(n * n))),
-        owner[input]);
+    run.group.broadcast(comm::bytes_of(std::span(factors.factor[input].data_ptr<float>(),
+                                                 static_cast<size_t>(n * n))),
+                        owner[input]);
     nlohmann::json report = {{"damping", reports[input].damping},
                              {"raised", reports[input].times_raised},
                              {"dead", reports[input].dead_inputs}};
@@ -101,9 +102,10 @@ Factors PruneStage::factor(driver::StageContext& context, int64_t block,
     factors.dead[input] = report["dead"].get<std::vector<int64_t>>();
     factors.largest_damping = std::max(factors.largest_damping, report["damping"].get<double>());
     if (report["raised"].get<int>() > 0)
-      context.progress.say(fmt::format("block {}: damping raised to {} for input {}, its Gram is not "
-                                       "positive definite with less",
-                                       block, report["damping"].get<double>(), input));
+      context.progress.say(
+          fmt::format("block {}: damping raised to {} for input {}, its Gram is not "
+                      "positive definite with less",
+                      block, report["damping"].get<double>(), input));
     statistics[input].gram = at::Tensor();
   }
   return factors;
@@ -111,7 +113,7 @@ Factors PruneStage::factor(driver::StageContext& context, int64_t block,
 
 void PruneStage::prune_block(driver::StageContext& context, const model::Architecture& architecture,
                              model::BlockWeights& block, int64_t index, Calibration* calibration,
-                             const BlockFiles& files, double& damping) const {
+                             const BlockFiles& files) const {
   const driver::RunContext& run = context.run;
   const auto layers = chosen_layers(options_, architecture, index);
   std::array<InputStatistics, model::kInputs> statistics;
@@ -119,6 +121,7 @@ void PruneStage::prune_block(driver::StageContext& context, const model::Archite
     statistics = calibration->collect(block, index, layers,
                                       [&](const std::string& line) { context.progress.say(line); });
   c10::InferenceMode guard;
+  double damping = 0;
   std::vector<MatrixTask> tasks;
   for (const model::Linear* layer : layers) {
     const at::Tensor weight = block.weight[layer->role].to(at::kFloat, false, /*copy=*/true);
@@ -133,14 +136,14 @@ void PruneStage::prune_block(driver::StageContext& context, const model::Archite
     prune_wanda(tasks, norms, options_.pattern, options_.keep_zeros, *run.workers, run.group);
   } else {
     const Factors factors = factor(context, index, statistics);
-    damping = std::max(damping, factors.largest_damping);
+    damping = factors.largest_damping;
     prune_sparsegpt(tasks, factors.factor, factors.dead, options_.pattern, options_.block_size,
                     options_.keep_zeros, *run.workers, run.group);
   }
   gather_rows(tasks, options_.method == Method::sparsegpt, run.group);
   for (size_t i = 0; i < layers.size(); ++i)
     block.weight[layers[i]->role] = tasks[i].weight.to(run.dtype);
-  if (run.group.is_root()) files.write(index, tasks, run.dtype);
+  if (run.group.is_root()) files.write(index, tasks, run.dtype, damping);
 }
 
 /// The block as an earlier start of this run left it.
@@ -149,8 +152,7 @@ void restore_block(const BlockFiles& files, const model::Architecture& architect
   const io::SafetensorsFile file(files.weights_file(index));
   for (const auto& linear : architecture.linears) {
     const std::string name = architecture.weight_name(index, linear);
-    if (file.tensors().contains(name))
-      block.weight[linear.role] = file.view(name).clone();
+    if (file.tensors().contains(name)) block.weight[linear.role] = file.view(name).clone();
   }
 }
 
@@ -164,18 +166,18 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   std::optional<Calibration> calibration;
   if (options_.needs_calibration() && done < architecture.blocks)
     calibration.emplace(run, options_, architecture, checkpoint);
-  double damping = 0;
   for (int64_t index = calibration ? 0 : done; index < architecture.blocks; ++index) {
     model::BlockWeights block = model::load_block(checkpoint, architecture, index, run.dtype);
     if (index < done)
       restore_block(files, architecture, index, block);
     else
-      prune_block(context, architecture, block, index, calibration ? &*calibration : nullptr, files,
-                  damping);
+      prune_block(context, architecture, block, index, calibration ? &*calibration : nullptr,
+                  files);
     if (calibration && index + 1 < architecture.blocks) calibration->advance(block);
     context.progress.advance(std::max(done, index + 1));
     if (driver::stop_requested(run.group))
-      throw Requeue(fmt::format("prune: stopped after block {} of {}", index + 1, architecture.blocks));
+      throw Requeue(
+          fmt::format("prune: stopped after block {} of {}", index + 1, architecture.blocks));
   }
   driver::StageResult result{files.model_directory(), {}};
   if (run.group.is_root()) {
@@ -185,7 +187,8 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
                       {"samples", options_.samples},
                       {"sequence_length", options_.sequence_length},
                       {"matrices", files.assemble_masks(architecture.blocks)}};
-    if (options_.method == Method::sparsegpt) result.metrics["damping"] = damping;
+    if (options_.method == Method::sparsegpt)
+      result.metrics["damping"] = files.largest_damping(architecture.blocks);
     io::write_derived(files.model_directory(), checkpoint);
   }
   context.progress.finish();

@@ -140,6 +140,19 @@ def test_sigterm_saves_and_asks_for_requeue_and_the_run_goes_on(files, undisturb
     assert differences(undisturbed, results(run_dir)) == []
 
 
+def test_a_run_stopped_after_its_last_block_still_tells_what_it_did_before(files, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    short = {**WORK, "pipeline": "[prune]"}
+    job = Started(settings(files, run_dir, **short), ranks=2)
+    job.wait_until(lambda: pruning_has_saved(run_dir, BLOCKS - 1))
+    time.sleep(0.03)  # it has begun its last block
+    job.signal(signal.SIGTERM)
+    assert job.end(timeout=30).code == 75
+    run_well(*settings(files, run_dir, **short), ranks=2)
+    expected = {name: value for name, value in undisturbed.items() if name.startswith("01-prune/")}
+    assert differences(expected, results(run_dir)) == []
+
+
 # -------------------------------------------------------------------------------------- full disk
 @pytest.fixture
 def small_disk(tmp_path):

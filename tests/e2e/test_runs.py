@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -194,23 +195,29 @@ def test_a_stage_with_an_altered_output_runs_again(files, finished):
     assert differences(expected, results(finished)) == []
 
 
-def test_changed_data_make_their_stage_run_again(files, finished, tmp_path):
-    """The path is the same, the tokens are not."""
-    before = manifest_times(finished)
-    kept = tmp_path / "kept.h5"
-    shutil.copy2(files.train, kept)
+@pytest.mark.parametrize("name,stage", [("calibration", "prune"), ("train", "retrain"), ("held_out", "evaluate")])
+def test_other_tokens_under_the_same_path_make_their_stage_run_again(files, finished, tmp_path, name, stage):
+    before, file = manifest_times(finished), getattr(files, name)
+    shutil.copy2(file, tmp_path / "kept.h5")
     try:
-        import h5py
-        with h5py.File(files.train, "r+") as opened:
+        with h5py.File(file, "r+") as opened:
             opened["tokens"][100:200] = 5
-        ended = run(*settings(files, finished))
-        if ended.code == 0:
-            assert manifest_times(finished)["02-prune"] == before["02-prune"]
-            assert manifest_times(finished)["04-retrain"] != before["04-retrain"]
-        else:  # refusing it is as good
-            assert ended.code == 2 and "train.h5" in ended.errors, str(ended)
+        run_well(*settings(files, finished))
+        directory = stage_directory(finished, stage).name
+        assert manifest_times(finished)[directory] != before[directory]
     finally:
-        shutil.copy2(kept, files.train)
+        shutil.copy2(tmp_path / "kept.h5", file)
+
+
+def test_an_export_to_a_directory_of_ones_own_is_made_again_when_it_is_lost(files, tmp_path):
+    own = tmp_path / "mine" / "model"
+    command = settings(files, tmp_path / "run", pipeline="[prune,export]", prune="magnitude", export__directory=own)
+    run_well(*command)
+    expected = (own / "model.safetensors").read_bytes()
+    run_well(*command)
+    shutil.rmtree(own)
+    run_well(*command)
+    assert (own / "model.safetensors").read_bytes() == expected
 
 
 def test_another_configuration_in_the_same_directory_is_refused_with_both_values(files, finished):
@@ -235,6 +242,13 @@ def test_resume_false_starts_the_run_anew(files, finished):
 
 
 # ------------------------------------------------------------------------------- the command line
+def test_a_log_holds_plain_lines(files, tmp_path):
+    """mpirun gives its ranks a terminal even where its own output is a file."""
+    ended = run_well(*settings(files, tmp_path / "run", pipeline="[prune,evaluate]"), ranks=2)
+    assert "\x1b" not in ended.output and "\r" not in ended.output.replace("\r\n", "\n"), repr(ended.output)
+    assert "perplexity" in ended.output and str(tmp_path / "run") in ended.output
+
+
 def test_help_lists_the_groups_and_their_choices():
     start = time.monotonic()
     ended = run_well("--help")
