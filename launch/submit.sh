@@ -11,8 +11,7 @@
 # What a job costs: it holds `nodes` whole nodes (--exclusive) for at most --time (default 4 h), that is
 # nodes x cores x hours of core time; the default run (128 sequences of 2048 tokens for pruning, the
 # retraining steps of its configuration) reads every weight once a stage and sends per block one n x n
-# float sum for each distinct input. `build/espalier --plan ARGUMENTS` prints FLOPs, bytes, memory
-# and hours for your model before you ask for them. Each save and restart costs at most one unit.
+# integer sum for each distinct input (Wanda: n sums). Each save and restart costs at most one unit.
 # Variables: the top of launch/environment.sh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
