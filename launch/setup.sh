@@ -37,7 +37,6 @@ libhdf5-openmpi-dev|HDF5, data sets and artifacts|header hdf5.h
 libyaml-cpp-dev|the configuration's files|header yaml-cpp/yaml.h
 nlohmann-json3-dev|manifests and checkpoints' metadata|header nlohmann/json.hpp
 libfmt-dev|messages|header fmt/format.h
-libspdlog-dev|the log|header spdlog/spdlog.h
 libhwy-dev|vectorised kernels|header hwy/highway.h
 libdnnl-dev|bfloat16 products on the CPU|header dnnl.hpp
 libxxhash-dev|checksums|header xxhash.h

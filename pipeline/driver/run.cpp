@@ -181,6 +181,22 @@ void run_entry(Running& running, const Entry& entry) {
   if (entry.kind != "evaluate" && entry.kind != "export") running.chain = key;
 }
 
+/// failure.json: where and why, for the report of a run that did not end. Best effort: the error
+/// itself is what the person must see.
+void write_failure(const Running& running, const Entry& entry, const std::string& message) noexcept {
+  try {
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    io::write_file(running.run.directory / "failure.json",
+                   json{{"stage", entry.directory},
+                        {"message", message},
+                        {"rank", running.run.group.rank()},
+                        {"time", std::chrono::duration<double>(now).count()}}
+                           .dump(2) +
+                       "\n");
+  } catch (...) {
+  }
+}
+
 /// What the first key stands on: the model, the data, the seed.
 std::string start_of_chain(const Shared& shared) {
   const auto data = [](const fs::path& file) {
@@ -211,7 +227,16 @@ void carry_out(const config::Composition& composition, comm::Communicator group)
   for (const auto& entry : entries) entry.stage->check(running.run, shared.model);
   if (group.is_root()) open_run_directory(composition, shared, group);
   group.barrier();
-  for (const auto& entry : entries) run_entry(running, entry);
+  for (const auto& entry : entries) {
+    try {
+      run_entry(running, entry);
+    } catch (const Requeue&) {
+      throw;
+    } catch (const std::exception& error) {
+      write_failure(running, entry, error.what());
+      throw;
+    }
+  }
   if (group.is_root()) print_table(shared.run_directory, entries);
 }
 

@@ -46,7 +46,7 @@ class Compressor {
         workers_(workers),
         hooks_(hooks),
         base_checksum_(group.broadcast(group.is_root() ? base.tensors_checksum() : "")),
-        journal_(directory / "state", purpose(), group.is_root()) {
+        journal_(directory / "state" / "journal", purpose(), group.is_root()) {
     group.barrier();  // the journal's directory is there
     matrices_ = changed_matrices(base, fine_tuned, group, workers);
     if (group.is_root()) whole_ = whole_tensors(base, fine_tuned, settings.vectors);

@@ -109,8 +109,8 @@ void check_tasks(std::span<const MatrixTask> tasks, const Pattern& pattern) {
                       task.name));
     if (!pattern.unstructured() && task.weight.size(1) % pattern.group != 0)
       throw UserError(fmt::format(
-          "{}: pattern {} needs a number of inputs that {} divides, and this matrix has {}; name "
-          "another pattern for it in prune.overrides or exclude it",
+          "{}: pattern {} needs a number of inputs that {} divides, and this matrix has {}; "
+          "exclude it (prune.exclude) or choose another pattern",
           task.name, pattern.name(), pattern.group, task.weight.size(1)));
   }
 }
