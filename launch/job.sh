@@ -12,6 +12,14 @@ shift 2
 # The number of cores a rank may use: nothing else runs on these nodes.
 threads=$((SLURM_CPUS_ON_NODE / (ranks / SLURM_JOB_NUM_NODES)))
 [ "$threads" -ge 1 ] || threads=1
+# A requeued job goes on: run.resume=false was meant for its first start.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+  arguments=()
+  for argument in "$@"; do
+    [ "$argument" = run.resume=false ] || arguments+=("$argument")
+  done
+  set -- "${arguments[@]}"
+fi
 # shellcheck disable=SC2086  # several words
 mpirun -n "$ranks" --map-by "ppr:$((ranks / SLURM_JOB_NUM_NODES)):node" --bind-to none --oversubscribe \
   $ESPALIER_MPIRUN_ARGUMENTS "$ESPALIER_BUILD/espalier" "cluster.threads_per_rank=$threads" "$@" &

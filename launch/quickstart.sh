@@ -49,7 +49,7 @@ if [ -n "$model" ] || [ -n "$text" ]; then
   name="$(basename "$model")-$({ printf '%s\n' "$model"; if [ -n "$text" ]; then cat "$text"; fi; } | sha256sum | cut -c1-8)"
   texts="$ESPALIER_WORK/own/$name/texts" data="$ESPALIER_WORK/own/$name/data"
   if [ ! -e "$texts/train.txt" ]; then
-    step "text" "$ESPALIER_VENV/bin/python" "$scripts/make_text.py" "$texts" ${text:+--text "$text"}
+    step "text" "$ESPALIER_VENV/bin/python" "$scripts/make_text.py" "$texts" --sources "$ESPALIER_WORK/python-docs" ${text:+--text "$text"}
   fi
   "$scripts/tokenize.sh" "$model" "$texts" "$data"
 else
@@ -59,8 +59,13 @@ fi
 
 # Each set of overrides is a run of its own: one directory holds one configuration.
 run_dir="$ESPALIER_SOURCE/outputs/$name"
-if [ $# -gt 0 ]; then
-  settings="$(IFS=,; printf '%s' "$*" | tr '/ ' '__')"
+settings=""
+for override in "$@"; do
+  # What changes no result belongs to the same run.
+  case "$override" in run.resume=* | run.dir=* | cluster.*) ;; *) settings+=",$override" ;; esac
+done
+if [ -n "$settings" ]; then
+  settings="$(printf '%s' "${settings#,}" | tr '/ ' '__')"
   [ ${#settings} -le 100 ] || settings="$(printf '%s' "$settings" | sha256sum | cut -c1-16)"
   run_dir+="-$settings"
 fi
@@ -74,7 +79,7 @@ status=0
 
 # A failed run has a report too, which shows how far it came.
 if [ -d "$run_dir" ]; then
-  "$ESPALIER_VENV/bin/python" "$scripts/report.py" "$run_dir" --table
+  "$ESPALIER_VENV/bin/python" "$scripts/report.py" "$run_dir" --table || [ "$status" != 0 ]
 fi
 [ "$status" = 0 ] || fail "the run ended with code $status after $((SECONDS - started)) s; the same command goes on where it stopped"
 say "all of it took $((SECONDS - started)) s"

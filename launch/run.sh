@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
+[[ "$ranks" =~ ^[1-9][0-9]*$ ]] || fail "-n $ranks is no number of ranks"
 program="$ESPALIER_BUILD/espalier"
 [ -x "$program" ] || fail "$program is not there; launch/setup.sh and then launch/build.sh make it"
 [ -z "$hostfile" ] || [ -r "$hostfile" ] || fail "--hostfile $hostfile cannot be read"

@@ -2,8 +2,8 @@
 
 #include <fmt/format.h>
 
-#include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <optional>
 
 #include "pipeline/comm/communicator.h"
@@ -11,7 +11,6 @@
 #include "pipeline/driver/run.h"
 #include "pipeline/driver/signals.h"
 #include "pipeline/errors.h"
-#include "pipeline/io/atomic_file.h"
 #include "pipeline/linalg/product.h"
 #include "stages/compress/decode.h"
 
@@ -26,9 +25,19 @@ config::Composition compose_member(config::Request request, const std::vector<st
   request.overrides = overrides;
   config::Composition composition = config::compose(request);
   if (!sweep) return composition;
+  for (const auto& override : overrides)
+    if (override.starts_with("run.dir="))
+      throw UserError(fmt::format("{}: a sweep names the directories of its members itself: "
+                                  "outputs/<run.name>-sweep/<overrides>; set run.name instead",
+                                  override));
+  // The name is itself the text of overrides, quotes among it.
+  std::string quoted;
+  for (char c : composition.override_dirname()) {
+    if (c == '\'' || c == '\\') quoted += '\\';
+    quoted += c;
+  }
   const std::string name = composition.root().child("run").text("name");
-  request.overrides.push_back(
-      fmt::format("run.dir='outputs/{}-sweep/{}'", name, composition.override_dirname()));
+  request.overrides.push_back(fmt::format("run.dir='outputs/{}-sweep/{}'", name, quoted));
   return config::compose(request);
 }
 
@@ -88,6 +97,8 @@ int main(int count, char** arguments) {
     return 0;
   } catch (const Error& error) {
     return end(group, error.what(), error.exit_code());
+  } catch (const std::filesystem::filesystem_error& error) {
+    return end(group, error.what(), kExitEnvironment);
   } catch (const std::bad_alloc&) {
     return end(group, "out of memory", kExitEnvironment);
   } catch (const std::exception& error) {

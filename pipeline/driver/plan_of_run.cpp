@@ -1,6 +1,7 @@
 #include "pipeline/driver/plan_of_run.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <map>
@@ -34,6 +35,17 @@ std::filesystem::path data_file(const config::Section& section, const std::strin
   if (!std::filesystem::is_regular_file(*file))
     section.fail(key, fmt::format("{} is no file; launch/prepare_data.py makes one", *file));
   return *file;
+}
+
+/// A model is named by an entry before this one, or is the start.
+void require_model(const config::Section& section, const std::string& key, const std::string& name,
+                   const std::vector<Entry>& before) {
+  std::vector<std::string> names{"start"};
+  for (const auto& entry : before) names.push_back(entry.name);
+  if (std::find(names.begin(), names.end(), name) == names.end())
+    section.fail(key, fmt::format("\"{}\" names no model; before this entry there are {}{}", name,
+                                  fmt::join(names, ", "),
+                                  key == "base" ? ", or a checkpoint directory" : ""));
 }
 
 }  // namespace
@@ -79,12 +91,10 @@ std::vector<Entry> read_entries(const config::Section& root, const Shared& share
     entry.kind = section.text_or("stage", node);
     entry.directory = fmt::format("{:02}-{}", entries.size() + 1, node);
     entry.from = section.text_or("from", previous);
-    const bool known = entry.from == "start" || std::any_of(entries.begin(), entries.end(),
-                                                            [&](const Entry& e) { return e.name == entry.from; });
-    if (!known)
-      section.fail("from", fmt::format("\"{}\" is neither start nor an entry of the pipeline before "
-                                       "this one",
-                                       entry.from));
+    require_model(section, "from", entry.from, entries);
+    if (entry.kind == "compress" && !section.is_null("base") &&
+        !std::filesystem::is_directory(section.text("base")))
+      require_model(section, "base", section.text("base"), entries);
     entry.stage = make_stage(entry.kind, section);
     entry.canonical = section.canonical();
     section.finish();

@@ -157,6 +157,18 @@ fs::path model_left_by(const Running& running, const Entry& entry, const fs::pat
   return fs::exists(model) ? model : input;
 }
 
+/// What rank 0 sees, and every rank must: a run.dir that is not on a file system shared by all hosts
+/// would otherwise let ranks go on with different models.
+fs::path agreed_model(const Running& running, const Entry& entry, const fs::path& input) {
+  const auto& group = running.run.group;
+  const fs::path left =
+      group.broadcast(group.is_root() ? model_left_by(running, entry, input).string() : "");
+  if (left != input)
+    group.require_same("model left by " + entry.directory,
+                       fs::exists(left) ? io::Checkpoint::open(left).fingerprint() : "absent");
+  return left;
+}
+
 void run_entry(Running& running, const Entry& entry) {
   const auto& group = running.run.group;
   const std::string key = key_of(running, entry);
@@ -177,7 +189,7 @@ void run_entry(Running& running, const Entry& entry) {
     finish(running, entry, key, result, seconds, sent_before);
   }
   group.barrier();
-  running.models[entry.name] = model_left_by(running, entry, input);
+  running.models[entry.name] = agreed_model(running, entry, input);
   if (entry.kind != "evaluate" && entry.kind != "export") running.chain = key;
 }
 
@@ -227,6 +239,9 @@ void carry_out(const config::Composition& composition, comm::Communicator group)
   for (const auto& entry : entries) entry.stage->check(running.run, shared.model);
   if (group.is_root()) open_run_directory(composition, shared, group);
   group.barrier();
+  const fs::path environment = shared.run_directory / "environment.json";
+  group.require_same("run directory (it must lie on a file system that all ranks share)",
+                     fs::exists(environment) ? io::read_file(environment) : "absent");
   for (const auto& entry : entries) {
     try {
       run_entry(running, entry);

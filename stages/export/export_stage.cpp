@@ -39,6 +39,7 @@ class ExportStage : public driver::Stage {
       io::write_dense(checkpoint, target, context.run.dtype);
       int64_t bytes = 0, files = 0;
       for (const auto& entry : fs::directory_iterator(target)) {
+        if (!entry.is_regular_file()) continue;  // a person's own folder may hold more
         bytes += static_cast<int64_t>(entry.file_size());
         ++files;
       }
