@@ -48,7 +48,8 @@ def test_mpirun_without_quiet_still_shows_one_message_of_ours():
 
 def test_the_same_error_on_all_ranks_is_printed_once():
     ended = Ended("throw_all", 0)
-    assert ended.errors == "espalier: rank 0 met what it was told to meet\n"
+    # Whichever rank comes first tells of it; the others keep silent.
+    assert re.fullmatch(r"espalier: rank [012] met what it was told to meet\n", ended.errors)
     assert ended.code == 2
     assert ended.seconds < 10
 
