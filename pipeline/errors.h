@@ -2,7 +2,8 @@
 /// The three kinds of error a run can end with, and the exit code of each.
 ///
 /// Every message names the place (file and line, key, block, matrix), the value found, the legal
-/// values, and the way out. The driver prints `espalier: <message>` once and exits with `exit_code`.
+/// values, and the way out. The driver prints `espalier: <message>` once and exits with
+/// `exit_code`.
 
 #include <stdexcept>
 #include <string>

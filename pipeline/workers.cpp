@@ -50,7 +50,8 @@ struct Workers::State {
 Workers::Workers(int count, std::function<void()> on_start) : state_(std::make_unique<State>()) {
   if (on_start) on_start();
   for (int worker = 1; worker < count; ++worker)
-    state_->threads.emplace_back([s = state_.get(), worker, on_start] { s->loop(worker, on_start); });
+    state_->threads.emplace_back(
+        [s = state_.get(), worker, on_start] { s->loop(worker, on_start); });
 }
 
 Workers::~Workers() {

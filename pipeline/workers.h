@@ -22,8 +22,8 @@ class Workers {
 
   int count() const;
 
-  /// Runs body(index, worker) for index 0..n-1, each once, in ascending order of start; returns when
-  /// all are done. The first exception is thrown again here after the others have finished.
+  /// Runs body(index, worker) for index 0..n-1, each once, in ascending order of start; returns
+  /// when all are done. The first exception is thrown again here after the others have finished.
   /// Not reentrant.
   void for_each(int64_t n, const std::function<void(int64_t index, int worker)>& body);
 

@@ -53,8 +53,8 @@ CommandLine read_command_line(int count, char** arguments) {
     line.wish = CommandLine::Wish::decode;
     line.decode.assign(words.begin() + 1, words.end());
     if (line.decode.size() != 3)
-      throw UserError(fmt::format("decode takes BASE RESIDUAL.h5 OUT; {} words are given",
-                                  line.decode.size()));
+      throw UserError(
+          fmt::format("decode takes BASE RESIDUAL.h5 OUT; {} words are given", line.decode.size()));
     return line;
   }
   // "--flag value" and "--flag=value".

@@ -28,7 +28,8 @@ std::string proc_value(const char* file, const std::string& key) {
 }
 
 int ranks_on_this_host() {
-  for (const char* name : {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"})
+  for (const char* name :
+       {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"})
     if (const char* value = std::getenv(name)) return std::max(1, std::atoi(value));
   return 1;
 }

@@ -20,16 +20,17 @@ using namespace espalier;
 using driver::CommandLine;
 
 /// In a sweep each member has a directory of its own, named by its overrides.
-config::Composition compose_member(config::Request request, const std::vector<std::string>& overrides,
-                                   bool sweep) {
+config::Composition compose_member(config::Request request,
+                                   const std::vector<std::string>& overrides, bool sweep) {
   request.overrides = overrides;
   config::Composition composition = config::compose(request);
   if (!sweep) return composition;
   for (const auto& override : overrides)
     if (override.starts_with("run.dir="))
-      throw UserError(fmt::format("{}: a sweep names the directories of its members itself: "
-                                  "outputs/<run.name>-sweep/<overrides>; set run.name instead",
-                                  override));
+      throw UserError(
+          fmt::format("{}: a sweep names the directories of its members itself: "
+                      "outputs/<run.name>-sweep/<overrides>; set run.name instead",
+                      override));
   // The name is itself the text of overrides, quotes among it.
   std::string quoted;
   for (char c : composition.override_dirname()) {
@@ -47,7 +48,8 @@ void run(const CommandLine& line, std::optional<comm::Communicator>& group) {
                            : std::vector<std::vector<std::string>>{line.request.overrides};
   for (const auto& overrides : members) {
     const config::Composition composition = compose_member(line.request, overrides, line.multirun);
-    const double timeout = composition.root().child("cluster").number("timeout_seconds", {.low = 0, .low_open = true});
+    const double timeout =
+        composition.root().child("cluster").number("timeout_seconds", {.low = 0, .low_open = true});
     group = comm::Communicator::world(timeout);
     driver::carry_out(composition, *group);
   }
@@ -58,7 +60,9 @@ void print(const CommandLine& line) {
     case CommandLine::Wish::help:
       fmt::print("{}\n{}", driver::usage(), config::describe_groups(line.request.directory));
       return;
-    case CommandLine::Wish::version: fmt::print("espalier {}\n", ESPALIER_VERSION); return;
+    case CommandLine::Wish::version:
+      fmt::print("espalier {}\n", ESPALIER_VERSION);
+      return;
     case CommandLine::Wish::configuration:
       fmt::print("{}", config::compose(line.request).yaml(line.resolve));
       return;
@@ -70,7 +74,8 @@ void print(const CommandLine& line) {
       compress::decode_residual(line.decode[0], line.decode[1], line.decode[2]);
       fmt::print("decoded into {}\n", line.decode[2]);
       return;
-    case CommandLine::Wish::run: return;
+    case CommandLine::Wish::run:
+      return;
   }
 }
 

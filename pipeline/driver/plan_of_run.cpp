@@ -19,8 +19,9 @@ void read_cluster(const config::Section& section, Shared& shared) {
   if (section.choice("device", {"auto", "cpu", "cuda"}) == "cuda")
     section.fail("device", "cuda: the stages of this version run on the CPU; set auto or cpu");
   if (section.choice("backend", {"auto", "mpi", "nccl"}) == "nccl")
-    section.fail("backend", "nccl carries tensors of GPUs only, and the stages of this version run on "
-                            "the CPU; set auto or mpi");
+    section.fail("backend",
+                 "nccl carries tensors of GPUs only, and the stages of this version run on "
+                 "the CPU; set auto or mpi");
   shared.threads_per_rank =
       static_cast<int>(section.integer_or("threads_per_rank", 0, {.low = 0, .high = 4096}));
   if (shared.threads_per_rank == 0) shared.threads_per_rank = usable_cores();
@@ -67,7 +68,8 @@ Shared read_shared(const config::Section& root) {
     model.fail("path", fmt::format("{} is no directory; a checkpoint as transformers writes it is "
                                    "expected",
                                    shared.model.string()));
-  shared.dtype = model.choice("dtype", {"bfloat16", "float32"}) == "float32" ? at::kFloat : at::kBFloat16;
+  shared.dtype =
+      model.choice("dtype", {"bfloat16", "float32"}) == "float32" ? at::kFloat : at::kBFloat16;
   model.finish();
   const config::Section data = root.child("data");
   shared.calibration_data = data_file(data, "calibration");

@@ -157,8 +157,8 @@ fs::path model_left_by(const Running& running, const Entry& entry, const fs::pat
   return fs::exists(model) ? model : input;
 }
 
-/// What rank 0 sees, and every rank must: a run.dir that is not on a file system shared by all hosts
-/// would otherwise let ranks go on with different models.
+/// What rank 0 sees, and every rank must: a run.dir that is not on a file system shared by all
+/// hosts would otherwise let ranks go on with different models.
 fs::path agreed_model(const Running& running, const Entry& entry, const fs::path& input) {
   const auto& group = running.run.group;
   const fs::path left =
@@ -195,7 +195,8 @@ void run_entry(Running& running, const Entry& entry) {
 
 /// failure.json: where and why, for the report of a run that did not end. Best effort: the error
 /// itself is what the person must see.
-void write_failure(const Running& running, const Entry& entry, const std::string& message) noexcept {
+void write_failure(const Running& running, const Entry& entry,
+                   const std::string& message) noexcept {
   try {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     io::write_file(running.run.directory / "failure.json",

@@ -54,7 +54,8 @@ bool is_stage_directory(const fs::path& path) {
 void remove_earlier_run(const fs::path& directory) {
   for (const auto& entry : fs::directory_iterator(directory))
     if (is_stage_directory(entry.path())) fs::remove_all(entry.path());
-  for (const char* name : {"config.yaml", "environment.json", "metrics.jsonl", "report.html", "failure.json"})
+  for (const char* name :
+       {"config.yaml", "environment.json", "metrics.jsonl", "report.html", "failure.json"})
     fs::remove(directory / name);
 }
 
@@ -72,14 +73,16 @@ void open_run_directory(const config::Composition& composition, const Shared& sh
     } else {
       const json environment = json::parse(io::read_file(environment_file), nullptr, false);
       if (environment.is_discarded() || !environment.contains("configuration"))
-        throw UserError(fmt::format("{}: cannot be read; choose another run.dir or pass "
-                                    "run.resume=false",
-                                    environment_file.string()));
+        throw UserError(
+            fmt::format("{}: cannot be read; choose another run.dir or pass "
+                        "run.resume=false",
+                        environment_file.string()));
       const std::string difference = first_difference(environment["configuration"], configuration);
       if (!difference.empty())
-        throw UserError(fmt::format("{}: the run was started with {}; choose another run.dir or pass "
-                                    "run.resume=false",
-                                    directory.string(), difference));
+        throw UserError(
+            fmt::format("{}: the run was started with {}; choose another run.dir or pass "
+                        "run.resume=false",
+                        directory.string(), difference));
     }
   }
   io::remove_leftovers(directory);

@@ -26,9 +26,10 @@ std::unique_ptr<Stage> make_stage(const std::string& name, const config::Section
   if (found == factories().end()) {
     std::vector<std::string> names;
     for (const auto& [known, factory] : factories()) names.push_back(known);
-    throw UserError(fmt::format("pipeline: \"{}\" is no stage; there are {}. A node of another name "
-                                "says which it is: {}: {{stage: prune, ...}}",
-                                name, fmt::join(names, ", "), name));
+    throw UserError(
+        fmt::format("pipeline: \"{}\" is no stage; there are {}. A node of another name "
+                    "says which it is: {}: {{stage: prune, ...}}",
+                    name, fmt::join(names, ", "), name));
   }
   return found->second(section);
 }

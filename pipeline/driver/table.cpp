@@ -29,14 +29,16 @@ std::string fact(const json& metrics) {
   if (metrics.contains("steps"))
     return fmt::format("loss {:.3f} to {:.3f}", metrics.value("loss_first", 0.0),
                        metrics.value("loss_last", 0.0));
-  if (metrics.contains("share")) return fmt::format("{:.2f} % of the bytes", 100 * metrics.value("share", 0.0));
+  if (metrics.contains("share"))
+    return fmt::format("{:.2f} % of the bytes", 100 * metrics.value("share", 0.0));
   return metrics.value("directory", "");
 }
 
 }  // namespace
 
 void print_table(const std::filesystem::path& run_directory, const std::vector<Entry>& entries) {
-  fmt::print("\n{:<16}{:>12}  {:<28}{:>10}{:>12}\n", "stage", "perplexity", "", "seconds", "peak MiB");
+  fmt::print("\n{:<16}{:>12}  {:<28}{:>10}{:>12}\n", "stage", "perplexity", "", "seconds",
+             "peak MiB");
   for (const auto& entry : entries) {
     const auto directory = run_directory / entry.directory;
     const auto manifest = io::read_manifest(directory);

@@ -27,8 +27,8 @@ Handle half_type() {
 
 void prepare_hdf5() {
   static const bool done = [] {
-    // After a write that failed (full disk) the library's own clean-up at exit crashes; every handle
-    // here is closed by its owner.
+    // After a write that failed (full disk) the library's own clean-up at exit crashes; every
+    // handle here is closed by its owner.
     H5dont_atexit();
     ::setenv("HDF5_USE_FILE_LOCKING", "FALSE", /*overwrite=*/0);
     H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);

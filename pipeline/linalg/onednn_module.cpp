@@ -17,10 +17,11 @@ Functions load() {
       std::filesystem::exists(beside) ? beside.string() : std::string(ESPALIER_ONEDNN_MODULE);
   void* module = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND);
   if (module == nullptr)
-    throw EnvironmentError(fmt::format("products: {} cannot be opened ({}); build it again", file,
-                                       dlerror()));
+    throw EnvironmentError(
+        fmt::format("products: {} cannot be opened ({}); build it again", file, dlerror()));
   Functions functions{};
-  const auto fill = reinterpret_cast<void (*)(Functions*)>(dlsym(module, "espalier_onednn_functions"));
+  const auto fill =
+      reinterpret_cast<void (*)(Functions*)>(dlsym(module, "espalier_onednn_functions"));
   if (fill == nullptr) throw DefectError(fmt::format("products: {} is another library", file));
   fill(&functions);
   return functions;

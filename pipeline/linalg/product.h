@@ -13,10 +13,10 @@
 
 namespace espalier::linalg {
 
-/// C[m,n] = op(A) op(B), into `out` when given (any of float32, bfloat16 whatever the inputs' type),
-/// otherwise into a new tensor of `out_type`. A and B: both float32 or both bfloat16, 2-dimensional,
-/// unit stride in one of their dimensions (a transposed view is a transposed operand, no copy).
-/// 2 m n k FLOPs.
+/// C[m,n] = op(A) op(B), into `out` when given (any of float32, bfloat16 whatever the inputs'
+/// type), otherwise into a new tensor of `out_type`. A and B: both float32 or both bfloat16,
+/// 2-dimensional, unit stride in one of their dimensions (a transposed view is a transposed
+/// operand, no copy). 2 m n k FLOPs.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType out_type);
 void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 

@@ -32,8 +32,8 @@ void require(const io::Checkpoint& checkpoint, const std::string& name,
     throw UserError(fmt::format("{}: tensor {} has shape {}, config.json asks for {}", where, name,
                                 shape_text(info.shape), shape_text(shape)));
   if (info.dtype != at::kFloat && info.dtype != at::kBFloat16 && info.dtype != at::kHalf)
-    throw UserError(fmt::format("{}: tensor {} is {}; float32, bfloat16 and float16 are read", where,
-                                name, c10::toString(info.dtype)));
+    throw UserError(fmt::format("{}: tensor {} is {}; float32, bfloat16 and float16 are read",
+                                where, name, c10::toString(info.dtype)));
 }
 
 void require_tensors(const Architecture& a, const io::Checkpoint& checkpoint) {
@@ -103,7 +103,8 @@ bool ConfigReader::has(const std::string& key) const {
 int64_t ConfigReader::integer(const std::string& key, int64_t low, int64_t high) const {
   if (!has(key)) fail(key + " is missing");
   const auto& value = config_[key];
-  if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<uint64_t>() > INT64_MAX))
+  if (!value.is_number_integer() ||
+      (value.is_number_unsigned() && value.get<uint64_t>() > INT64_MAX))
     fail(fmt::format("{} is {}; a whole number is expected", key, value.dump().substr(0, 40)));
   const int64_t v = value.get<int64_t>();
   if (v < low || v > high) fail(fmt::format("{}: {} is outside [{}, {}]", key, v, low, high));

@@ -1,6 +1,7 @@
 #pragma once
 /// An architecture as data: names, shapes, norms, positions. Each family is one file that reads its
-/// config.json and registers itself (llama.cpp, bert.cpp); the block itself is written once (block.h).
+/// config.json and registers itself (llama.cpp, bert.cpp); the block itself is written once
+/// (block.h).
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
@@ -42,7 +43,7 @@ struct Linear {
 /// Rotary positions: feature i of a head turns with feature i + rotated/2.
 struct Rotary {
   double theta = 0;
-  int64_t rotated = 0;      ///< features of a head that turn
+  int64_t rotated = 0;           ///< features of a head that turn
   std::string type = "default";  ///< default, linear, llama3
   double factor = 1, low_frequency_factor = 1, high_frequency_factor = 4;
   int64_t original_positions = 0;
@@ -61,7 +62,7 @@ struct Architecture {
   std::optional<int64_t> sliding_window;  ///< a token sees this many, itself among them
   bool tied_head = false;
 
-  std::string block_prefix;  ///< "model.layers." ; block b's tensors start with prefix + b + "."
+  std::string block_prefix;     ///< "model.layers." ; block b's tensors start with prefix + b + "."
   std::vector<Linear> linears;  ///< of every block, in the order of Role
   Names attention_norm, feed_forward_norm;  ///< relative to the block
   std::string token_embedding, position_embedding, type_embedding;

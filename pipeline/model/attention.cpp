@@ -21,14 +21,16 @@ constexpr int64_t kTile = 128;  // queries of a tile; scores of a tile stay in c
 Storage storage_of(const at::Tensor& t) {
   return t.scalar_type() == at::kFloat ? Storage::float32 : Storage::bfloat16;
 }
-const float* floats(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+const float* floats(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
 
 /// Heads of one sequence, rotated and gathered: [heads, length, size].
 at::Tensor gather_heads(const at::Tensor& x, int64_t heads, const AttentionShape& s, bool turn,
                         const at::Tensor& cosine, const at::Tensor& sine, float scale) {
   at::Tensor y = at::empty({heads, x.size(0), s.head_size}, x.options());
-  kernels::rotate_heads(storage_of(x), x.const_data_ptr(), x.stride(0), x.size(0), heads, s.head_size,
-                        turn ? s.rotated : 0, turn ? floats(cosine) : nullptr,
+  kernels::rotate_heads(storage_of(x), x.const_data_ptr(), x.stride(0), x.size(0), heads,
+                        s.head_size, turn ? s.rotated : 0, turn ? floats(cosine) : nullptr,
                         turn ? floats(sine) : nullptr, scale, y.data_ptr());
   return y;
 }
@@ -37,7 +39,8 @@ at::Tensor gather_heads(const at::Tensor& x, int64_t heads, const AttentionShape
 struct Visibility {
   std::vector<int64_t> first, last;
 
-  Visibility(int64_t length, int64_t visible, const AttentionShape& s) : first(length), last(length) {
+  Visibility(int64_t length, int64_t visible, const AttentionShape& s)
+      : first(length), last(length) {
     for (int64_t i = 0; i < length; ++i) {
       last[i] = s.causal ? std::min(i + 1, visible) : visible;
       first[i] = s.sliding_window ? std::max<int64_t>(0, i + 1 - *s.sliding_window) : 0;
@@ -81,14 +84,14 @@ void forward_sequence(const Sequence& x, const Visibility& sees, const Attention
           storage_of(out), tile.data_ptr<float>(), rows, keys, sees.first.data() + first,
           sees.last.data() + first, share.data_ptr(),
           log_sum_exp.defined() ? log_sum_exp.data_ptr<float>() + head * length + first : nullptr);
-      at::Tensor target =
-          out.narrow(0, first, rows).narrow(1, head * s.head_size, s.head_size);
+      at::Tensor target = out.narrow(0, first, rows).narrow(1, head * s.head_size, s.head_size);
       linalg::product_into(target, share, v.narrow(0, 0, keys));
     }
   }
 }
 
-/// Gradients of one head's probabilities and scores, [length, length] in storage, zero where unseen.
+/// Gradients of one head's probabilities and scores, [length, length] in storage, zero where
+/// unseen.
 void backward_scores(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const at::Tensor& d_out, const float* log_sum_exp, const float* row_dot,
                      const Visibility& sees, at::Tensor& probabilities, at::Tensor& d_scores) {
@@ -102,7 +105,8 @@ void backward_scores(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
     at::Tensor dp = d_prob.narrow(0, 0, rows * keys).view({rows, keys});
     linalg::product_into(s, q.narrow(0, first, rows), k.narrow(0, 0, keys).t());
     linalg::product_into(dp, d_out.narrow(0, first, rows), v.narrow(0, 0, keys).t());
-    at::Tensor p_rows = probabilities.narrow(0, first, rows), ds_rows = d_scores.narrow(0, first, rows);
+    at::Tensor p_rows = probabilities.narrow(0, first, rows),
+               ds_rows = d_scores.narrow(0, first, rows);
     kernels::softmax_backward_rows(storage_of(q), s.data_ptr<float>(), dp.data_ptr<float>(), rows,
                                    keys, sees.first.data() + first, sees.last.data() + first,
                                    log_sum_exp + first, row_dot + first, p_rows.data_ptr(),
@@ -116,8 +120,8 @@ struct HeadGradients {
 
 /// dQ by query tiles, dK and dV by key tiles, each skipping what the mask hides.
 void backward_products(const at::Tensor& q, const at::Tensor& k, const at::Tensor& d_out,
-                       const at::Tensor& p, const at::Tensor& ds, const Visibility& sees, bool causal,
-                       int64_t head, int64_t key_head, HeadGradients& d) {
+                       const at::Tensor& p, const at::Tensor& ds, const Visibility& sees,
+                       bool causal, int64_t head, int64_t key_head, HeadGradients& d) {
   const int64_t length = q.size(0);
   at::Tensor part = at::empty({kTile, q.size(1)}, q.options().dtype(at::kFloat));
   for (int64_t first = 0; first < length; first += kTile) {
@@ -129,9 +133,8 @@ void backward_products(const at::Tensor& q, const at::Tensor& k, const at::Tenso
     const int64_t from = causal ? first : 0;
     at::Tensor tile = part.narrow(0, 0, rows);
     const auto add = [&](const at::Tensor& weights, const at::Tensor& rows_of, at::Tensor& total) {
-      linalg::product_into(
-          tile, weights.narrow(0, from, length - from).narrow(1, first, rows).t(),
-          rows_of.narrow(0, from, length - from));
+      linalg::product_into(tile, weights.narrow(0, from, length - from).narrow(1, first, rows).t(),
+                           rows_of.narrow(0, from, length - from));
       kernels::add_to(total[key_head].data_ptr<float>() + first * q.size(1), tile.data_ptr<float>(),
                       rows * q.size(1));
     };
@@ -230,7 +233,8 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
   }
 
   static void scatter(const at::Tensor& gradient, bool turn, const AttentionShape& s,
-                      const at::Tensor& cosine, const at::Tensor& sine, float scale, at::Tensor& out) {
+                      const at::Tensor& cosine, const at::Tensor& sine, float scale,
+                      at::Tensor& out) {
     kernels::unrotate_heads(storage_of(out), gradient.const_data_ptr<float>(), gradient.size(1),
                             gradient.size(0), s.head_size, turn ? s.rotated : 0,
                             turn ? floats(cosine) : nullptr, turn ? floats(sine) : nullptr, scale,
@@ -238,8 +242,8 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
   }
 
   static std::vector<int64_t> pack(const AttentionShape& s) {
-    return {s.heads,  s.key_value_heads,          s.head_size,
-            s.causal, s.sliding_window.value_or(0), s.rotated};
+    return {s.heads,  s.key_value_heads, s.head_size, s.causal, s.sliding_window.value_or(0),
+            s.rotated};
   }
   static AttentionShape unpack(const std::vector<int64_t>& v) {
     AttentionShape s{v[0], v[1], v[2], v[3] != 0, {}, v[5]};

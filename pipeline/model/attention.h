@@ -17,10 +17,10 @@ struct AttentionShape {
 };
 
 /// q [tokens, heads*size], k and v [tokens, key_value_heads*size] of `sequences` sequences of equal
-/// length, one after another; cosine, sine float32 [length, rotated/2] (undefined without rotation).
-/// `visible` [sequences] int64: tokens of each sequence that may be attended to (padding behind), or
-/// undefined for all. Returns [tokens, heads*size]. Differentiable in q, k and v.
-/// About 2 * tokens * length * heads * size FLOPs (causal), workspace 128 * length floats.
+/// length, one after another; cosine, sine float32 [length, rotated/2] (undefined without
+/// rotation). `visible` [sequences] int64: tokens of each sequence that may be attended to (padding
+/// behind), or undefined for all. Returns [tokens, heads*size]. Differentiable in q, k and v. About
+/// 2 * tokens * length * heads * size FLOPs (causal), workspace 128 * length floats.
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const at::Tensor& cosine, const at::Tensor& sine, int64_t sequences,
                      const AttentionShape& shape, const at::Tensor& visible = {});

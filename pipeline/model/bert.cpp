@@ -37,13 +37,12 @@ Architecture read_bert(const nlohmann::json& json, const io::Checkpoint& checkpo
   // Task models (BertForSequenceClassification, ...) keep the encoder under "bert.".
   const std::string root = checkpoint.has("bert.embeddings.word_embeddings.weight") ? "bert." : "";
   a.block_prefix = root + "encoder.layer.";
-  a.linears = {
-      {kQuery, kAttentionInput, "attention.self.query", a.hidden, a.hidden, true},
-      {kKey, kAttentionInput, "attention.self.key", a.hidden, a.hidden, true},
-      {kValue, kAttentionInput, "attention.self.value", a.hidden, a.hidden, true},
-      {kOutput, kAttentionOutput, "attention.output.dense", a.hidden, a.hidden, true},
-      {kUp, kFeedForwardInput, "intermediate.dense", a.intermediate, a.hidden, true},
-      {kDown, kFeedForwardMiddle, "output.dense", a.hidden, a.intermediate, true}};
+  a.linears = {{kQuery, kAttentionInput, "attention.self.query", a.hidden, a.hidden, true},
+               {kKey, kAttentionInput, "attention.self.key", a.hidden, a.hidden, true},
+               {kValue, kAttentionInput, "attention.self.value", a.hidden, a.hidden, true},
+               {kOutput, kAttentionOutput, "attention.output.dense", a.hidden, a.hidden, true},
+               {kUp, kFeedForwardInput, "intermediate.dense", a.intermediate, a.hidden, true},
+               {kDown, kFeedForwardMiddle, "output.dense", a.hidden, a.intermediate, true}};
   a.attention_norm = {"attention.output.LayerNorm.weight", "attention.output.LayerNorm.bias"};
   a.feed_forward_norm = {"output.LayerNorm.weight", "output.LayerNorm.bias"};
   a.token_embedding = root + "embeddings.word_embeddings.weight";

@@ -95,10 +95,14 @@ at::Tensor gated_silu(const at::Tensor& gate, const at::Tensor& up) {
 
 at::Tensor activate(Activation activation, const at::Tensor& x) {
   switch (activation) {
-    case Activation::silu: return at::silu(x);
-    case Activation::gelu: return at::gelu(x);
-    case Activation::gelu_tanh: return at::gelu(x, "tanh");
-    case Activation::relu: return at::relu(x);
+    case Activation::silu:
+      return at::silu(x);
+    case Activation::gelu:
+      return at::gelu(x);
+    case Activation::gelu_tanh:
+      return at::gelu(x, "tanh");
+    case Activation::relu:
+      return at::relu(x);
   }
   throw DefectError("activation: unknown");
 }
@@ -125,11 +129,12 @@ at::Tensor self_attention(const Architecture& a, const BlockWeights& block, cons
     return linear(*a.find(role), input, block.weight[role],
                   bias.defined() ? std::optional(bias) : std::nullopt);
   };
-  const AttentionShape shape{a.heads, a.key_value_heads, a.head_size, a.task == Task::causal,
+  const AttentionShape shape{a.heads,          a.key_value_heads,
+                             a.head_size,      a.task == Task::causal,
                              a.sliding_window, a.rotary ? a.rotary->rotated : 0};
   const at::Tensor q = apply(kQuery, x), k = apply(kKey, x), v = apply(kValue, x);
-  return apply(kOutput, attention(q, k, v, rotary.cosine, rotary.sine, unit.sequences, shape,
-                                  unit.visible));
+  return apply(kOutput,
+               attention(q, k, v, rotary.cosine, rotary.sine, unit.sequences, shape, unit.visible));
 }
 
 }  // namespace
@@ -157,14 +162,16 @@ RotaryTable rotary_table(const Architecture& a, int64_t length, const at::Device
   float* cosine = table.cosine.data_ptr<float>();
   float* sine = table.sine.data_ptr<float>();
   for (int64_t i = 0; i < half; ++i) {
-    double frequency = std::pow(r.theta, -2.0 * static_cast<double>(i) / static_cast<double>(r.rotated));
+    double frequency =
+        std::pow(r.theta, -2.0 * static_cast<double>(i) / static_cast<double>(r.rotated));
     if (r.type == "linear") frequency /= r.factor;
     if (r.type == "llama3") {
       // Long waves are stretched, short ones kept, those between blended (LLaMA 3.1).
-      const double turns = static_cast<double>(r.original_positions) * frequency / (2 * std::numbers::pi);
-      const double keep = std::clamp((turns - r.low_frequency_factor) /
-                                         (r.high_frequency_factor - r.low_frequency_factor),
-                                     0.0, 1.0);
+      const double turns =
+          static_cast<double>(r.original_positions) * frequency / (2 * std::numbers::pi);
+      const double keep = std::clamp(
+          (turns - r.low_frequency_factor) / (r.high_frequency_factor - r.low_frequency_factor),
+          0.0, 1.0);
       frequency = (1 - keep) * frequency / r.factor + keep * frequency;
     }
     for (int64_t position = 0; position < length; ++position) {
@@ -202,9 +209,8 @@ at::Tensor block_forward(const Architecture& a, const BlockWeights& block,
                          const at::Tensor& hidden_states, const UnitShape& unit,
                          const RotaryTable& rotary, const LinearHook& linear) {
   const at::Tensor& x = hidden_states;
-  const at::Tensor attended =
-      self_attention(a, block, a.norm_first ? apply_norm(a, block.attention_norm, x) : x, unit,
-                     rotary, linear);
+  const at::Tensor attended = self_attention(
+      a, block, a.norm_first ? apply_norm(a, block.attention_norm, x) : x, unit, rotary, linear);
   if (!attended.defined()) return {};
   if (a.norm_first) {
     const at::Tensor middle = x + attended;
@@ -228,7 +234,8 @@ Ends load_ends(const io::Checkpoint& checkpoint, const Architecture& a, at::Scal
             load_norm(checkpoint, a.embedding_norm, "", dtype, device),
             load_norm(checkpoint, a.final_norm, "", dtype, device),
             {}};
-  if (!a.head.empty()) ends.head = a.head == a.token_embedding ? ends.token_embedding : load(a.head);
+  if (!a.head.empty())
+    ends.head = a.head == a.token_embedding ? ends.token_embedding : load(a.head);
   return ends;
 }
 

@@ -23,8 +23,8 @@ struct BlockWeights {
   NormWeights attention_norm, feed_forward_norm;
 };
 
-/// Copies block `index` out of the checkpoint, converted to `dtype` on `device`, and drops its mapped
-/// pages: memory holds one block whatever the depth.
+/// Copies block `index` out of the checkpoint, converted to `dtype` on `device`, and drops its
+/// mapped pages: memory holds one block whatever the depth.
 BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& architecture,
                         int64_t index, at::ScalarType dtype, const at::Device& device = at::kCPU);
 
@@ -42,21 +42,23 @@ RotaryTable rotary_table(const Architecture& architecture, int64_t length,
                          const at::Device& device = at::kCPU);
 
 /// How a block's linear layers are applied: where statistics are collected and adapters act.
-/// x [tokens, in] -> [tokens, out]. An undefined result ends the block: nothing behind it is computed.
-using LinearHook = std::function<at::Tensor(const Linear& linear, const at::Tensor& x,
-                                            const at::Tensor& weight,
-                                            const std::optional<at::Tensor>& bias)>;
+/// x [tokens, in] -> [tokens, out]. An undefined result ends the block: nothing behind it is
+/// computed.
+using LinearHook =
+    std::function<at::Tensor(const Linear& linear, const at::Tensor& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias)>;
 /// linalg::linear.
 LinearHook plain_linear();
 
-/// hidden_states [tokens, hidden] through one block; a new tensor. Differentiable in hidden_states and
-/// in whatever the hook brings in; the block's own weights are frozen.
+/// hidden_states [tokens, hidden] through one block; a new tensor. Differentiable in hidden_states
+/// and in whatever the hook brings in; the block's own weights are frozen.
 at::Tensor block_forward(const Architecture& architecture, const BlockWeights& block,
                          const at::Tensor& hidden_states, const UnitShape& unit,
                          const RotaryTable& rotary, const LinearHook& linear);
 
 /// y = norm(x) of the architecture's kind. Differentiable in x.
-at::Tensor apply_norm(const Architecture& architecture, const NormWeights& norm, const at::Tensor& x);
+at::Tensor apply_norm(const Architecture& architecture, const NormWeights& norm,
+                      const at::Tensor& x);
 
 /// What stands before the first block and behind the last one.
 struct Ends {

@@ -6,10 +6,12 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "pipeline/model/kernels.cpp"
+// The order matters to Highway.
+// clang-format off
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
-// After highway.h, which this header needs.
 #include <hwy/contrib/math/math-inl.h>
+// clang-format on
 
 #ifndef ESPALIER_MODEL_KERNELS_TABLE
 #define ESPALIER_MODEL_KERNELS_TABLE
@@ -99,7 +101,11 @@ void RmsNorm(const T* x, const T* weight, int64_t rows, int64_t n, float eps, T*
     V sum = hn::Zero(d);
     float rest = 0;
     sweep(
-        n, [&](int64_t i) { const V v = load(d, x + i); sum = hn::MulAdd(v, v, sum); },
+        n,
+        [&](int64_t i) {
+          const V v = load(d, x + i);
+          sum = hn::MulAdd(v, v, sum);
+        },
         [&](int64_t i) { rest += as_float(x[i]) * as_float(x[i]); });
     const float mean = (hn::GetLane(hn::SumOfLanes(d, sum)) + rest) / static_cast<float>(n);
     const float r = 1.0f / std::sqrt(mean + eps);
@@ -339,8 +345,8 @@ void AddTo(float* total, const float* addend, int64_t n) {
 
 template <class T>
 Table<T> MakeTable() {
-  return {RmsNorm<T>,     RmsNormBackward<T>, SiluTimes<T>,           SiluTimesBackward<T>,
-          RotateHeads<T>, UnrotateHeads<T>,   SoftmaxRows<T>,         SoftmaxBackwardRows<T>,
+  return {RmsNorm<T>,     RmsNormBackward<T>,  SiluTimes<T>,   SiluTimesBackward<T>,
+          RotateHeads<T>, UnrotateHeads<T>,    SoftmaxRows<T>, SoftmaxBackwardRows<T>,
           RowDots<T>,     ColumnSquareSums<T>, AddTo};
 }
 
@@ -391,8 +397,8 @@ T* out(void* p, T) {
 
 }  // namespace
 
-void rms_norm(Storage storage, const void* x, const void* weight, int64_t rows, int64_t n, float eps,
-              void* y, float* inverse_rms) {
+void rms_norm(Storage storage, const void* x, const void* weight, int64_t rows, int64_t n,
+              float eps, void* y, float* inverse_rms) {
   with(storage, [&](const auto& f, auto t) {
     f.rms_norm(in(x, t), in(weight, t), rows, n, eps, out(y, t), inverse_rms);
   });
@@ -417,8 +423,8 @@ void silu_times_backward(Storage storage, const void* gate, const void* up, cons
 }
 
 void rotate_heads(Storage storage, const void* x, int64_t stride, int64_t tokens, int64_t heads,
-                  int64_t size, int64_t rotated, const float* cosine, const float* sine, float scale,
-                  void* y) {
+                  int64_t size, int64_t rotated, const float* cosine, const float* sine,
+                  float scale, void* y) {
   with(storage, [&](const auto& f, auto t) {
     f.rotate_heads(in(x, t), stride, tokens, heads, size, rotated, cosine, sine, scale, out(y, t));
   });
@@ -450,9 +456,10 @@ void softmax_backward_rows(Storage storage, const float* scores, const float* d_
   });
 }
 
-void row_dots(Storage storage, const void* a, const void* b, int64_t rows, int64_t n, int64_t stride,
-              float* dot) {
-  with(storage, [&](const auto& f, auto t) { f.row_dots(in(a, t), in(b, t), rows, n, stride, dot); });
+void row_dots(Storage storage, const void* a, const void* b, int64_t rows, int64_t n,
+              int64_t stride, float* dot) {
+  with(storage,
+       [&](const auto& f, auto t) { f.row_dots(in(a, t), in(b, t), rows, n, stride, dot); });
 }
 
 void column_square_sums(Storage storage, const void* x, int64_t rows, int64_t n, float* sums) {

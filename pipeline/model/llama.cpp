@@ -1,5 +1,5 @@
-/// LLaMA 1-3, Mistral, SmolLM2: rms norms before, gated feed-forward, rotary positions, grouped-query
-/// attention, tied or untied head.
+/// LLaMA 1-3, Mistral, SmolLM2: rms norms before, gated feed-forward, rotary positions,
+/// grouped-query attention, tied or untied head.
 
 #include <fmt/format.h>
 
@@ -8,9 +8,9 @@
 namespace espalier::model {
 namespace {
 
-/// transformers 5 writes rope_parameters {rope_type, rope_theta, ...}; before, rope_theta and rope_scaling.
-Rotary read_rotary(const ConfigReader& config, int64_t head_size,
-                   int64_t max_positions) {
+/// transformers 5 writes rope_parameters {rope_type, rope_theta, ...}; before, rope_theta and
+/// rope_scaling.
+Rotary read_rotary(const ConfigReader& config, int64_t head_size, int64_t max_positions) {
   const bool one_table = config.has("rope_parameters");
   const bool scaled = config.has("rope_scaling");
   const ConfigReader table = one_table ? config.child("rope_parameters")
@@ -29,8 +29,8 @@ Rotary read_rotary(const ConfigReader& config, int64_t head_size,
   if (rotary.type == "llama3") {
     rotary.low_frequency_factor = table.number("low_freq_factor");
     rotary.high_frequency_factor = table.number("high_freq_factor");
-    rotary.original_positions = table.integer_or("original_max_position_embeddings", max_positions, 1,
-                                                 int64_t{1} << 32);
+    rotary.original_positions =
+        table.integer_or("original_max_position_embeddings", max_positions, 1, int64_t{1} << 32);
     if (rotary.high_frequency_factor <= rotary.low_frequency_factor)
       table.fail("high_freq_factor must be above low_freq_factor");
   } else if (rotary.type != "default" && rotary.type != "linear") {

@@ -5,10 +5,12 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "pipeline/train/softmax_kernel.cpp"
+// The order matters to Highway.
+// clang-format off
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
-// After highway.h, which this header needs.
 #include <hwy/contrib/math/math-inl.h>
+// clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace espalier::train {

@@ -25,8 +25,8 @@ using nlohmann::json;
 
 constexpr int64_t kVersion = 1;
 constexpr const char* kKind = "espalier.residual";
-/// Superblock, root group, object headers of five data sets (8192 bytes), and what HDF5 leaves unused
-/// of the blocks of 2048 bytes in which it places tables and small data sets.
+/// Superblock, root group, object headers of five data sets (8192 bytes), and what HDF5 leaves
+/// unused of the blocks of 2048 bytes in which it places tables and small data sets.
 constexpr int64_t kContainerBytes = 16384;
 constexpr std::array<const char*, 5> kDatasets = {"contents", "codes", "scales", "diagonals",
                                                   "whole"};

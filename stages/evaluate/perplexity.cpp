@@ -66,11 +66,11 @@ std::vector<double> score(driver::StageContext& context, const io::Checkpoint& c
 int64_t segments_of(const PerplexityTask& task) {
   const int64_t whole = task.set.stream_tokens() / task.sequence_length;
   if (whole == 0 || (task.segments && *task.segments > whole))
-    throw UserError(fmt::format(
-        "{}: {} tokens give {} segments of {}; {} are asked for. Lower segments or "
-        "sequence_length, or give more text",
-        task.set.path().string(), task.set.stream_tokens(), whole, task.sequence_length,
-        task.segments.value_or(1)));
+    throw UserError(
+        fmt::format("{}: {} tokens give {} segments of {}; {} are asked for. Lower segments or "
+                    "sequence_length, or give more text",
+                    task.set.path().string(), task.set.stream_tokens(), whole, task.sequence_length,
+                    task.segments.value_or(1)));
   return task.segments.value_or(whole);
 }
 
@@ -104,8 +104,8 @@ Perplexity measure_perplexity(driver::StageContext& context, const io::Checkpoin
   double sum = 0;  // in the order of the segments, whoever computed them
   for (int64_t segment = 0; segment < total; ++segment) {
     if (!std::isfinite(losses[segment]))
-      throw NumericalError(fmt::format("evaluate: the loss of segment {} of {} is not finite", segment,
-                                       task.set.path().string()));
+      throw NumericalError(fmt::format("evaluate: the loss of segment {} of {} is not finite",
+                                       segment, task.set.path().string()));
     sum += losses[segment];
   }
   result.segments = total;

@@ -24,9 +24,10 @@ class ExportStage : public driver::Stage {
     if (!run.group.is_root()) return;
     const fs::path target = directory_ ? fs::path(*directory_) : run.directory;
     if (directory_ && fs::exists(target) && fs::equivalent(target, start_model))
-      throw UserError(fmt::format("export.directory: {} is the model the run starts from; choose "
-                                  "another directory",
-                                  target.string()));
+      throw UserError(
+          fmt::format("export.directory: {} is the model the run starts from; choose "
+                      "another directory",
+                      target.string()));
     io::require_space(target, io::Checkpoint::open(start_model).bytes());
   }
 

@@ -52,13 +52,16 @@ struct InputSum {
       return;
     }
     const double largest = unit_0.max().item<float>();
-    const int bits = 62 - static_cast<int>(std::ceil(std::log2(std::max<int64_t>(units, 2)))) - headroom;
+    const int bits =
+        62 - static_cast<int>(std::ceil(std::log2(std::max<int64_t>(units, 2)))) - headroom;
     squares->set_grid(std::span(&largest, 1), std::min(bits, 52));
   }
   void merge(const InputSum& other) {
     gram ? gram->merge(*other.gram) : squares->merge(*other.squares);
   }
-  void reduce(const comm::Communicator& group) { gram ? gram->reduce(group) : squares->reduce(group); }
+  void reduce(const comm::Communicator& group) {
+    gram ? gram->reduce(group) : squares->reduce(group);
+  }
   bool overflowed() const { return gram ? gram->overflowed() : squares->overflowed(); }
 };
 
@@ -84,11 +87,10 @@ at::Tensor statistic_of(const Options& options, const at::Tensor& x) {
     return gram;
   }
   at::Tensor sums = at::empty({x.size(1)}, options_float);
-  model::kernels::column_square_sums(x.scalar_type() == at::kFloat
-                                         ? model::kernels::Storage::float32
-                                         : model::kernels::Storage::bfloat16,
-                                     x.const_data_ptr(), x.size(0), x.size(1),
-                                     sums.data_ptr<float>());
+  model::kernels::column_square_sums(
+      x.scalar_type() == at::kFloat ? model::kernels::Storage::float32
+                                    : model::kernels::Storage::bfloat16,
+      x.const_data_ptr(), x.size(0), x.size(1), sums.data_ptr<float>());
   return sums;
 }
 
@@ -138,7 +140,8 @@ struct Calibration::Collector {
     c10::InferenceMode guard;
     UnitStatistics statistics;
     const bool to_the_end = wanted[model::kFeedForwardMiddle];
-    const auto hook = [&](const model::Linear& linear, const at::Tensor& x, const at::Tensor& weight,
+    const auto hook = [&](const model::Linear& linear, const at::Tensor& x,
+                          const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias) -> at::Tensor {
       if (wanted[linear.input] && !statistics[linear.input].defined())
         statistics[linear.input] = statistic_of(calibration.options_, x);
@@ -194,7 +197,8 @@ struct Calibration::Collector {
         if (wanted[input])
           worker[input].emplace(wants_gram(calibration.options_), sizes[input],
                                 calibration.options_.units());
-    // Each worker's first unit runs while rank 0 finds the grid; it is added once the grid is known.
+    // Each worker's first unit runs while rank 0 finds the grid; it is added once the grid is
+    // known.
     const int64_t held = std::min<int64_t>(calibration.owned(), run.workers->count());
     std::vector<UnitStatistics> first(static_cast<size_t>(held));
     run.workers->for_each(held, [&](int64_t i, int) { first[i] = run_unit(i); });
@@ -203,9 +207,8 @@ struct Calibration::Collector {
       add(sums[worker], first[i]);
       first[i] = {};
     });
-    run.workers->for_each(calibration.owned() - held, [&](int64_t i, int worker) {
-      add(sums[worker], run_unit(held + i));
-    });
+    run.workers->for_each(calibration.owned() - held,
+                          [&](int64_t i, int worker) { add(sums[worker], run_unit(held + i)); });
     bool fits = true;
     for (int input = 0; input < model::kInputs; ++input) {
       if (!wanted[input]) continue;
@@ -238,7 +241,8 @@ struct Calibration::Collector {
 };
 
 std::array<InputStatistics, model::kInputs> Calibration::collect(
-    const model::BlockWeights& block, int64_t index, const std::vector<const model::Linear*>& layers,
+    const model::BlockWeights& block, int64_t index,
+    const std::vector<const model::Linear*>& layers,
     const std::function<void(const std::string&)>& say) {
   Collector collector{*this, block, index, inputs_of(layers)};
   // SmolLM2's units exceed the first by up to 2^9.7 (down projection of the first and last blocks).
@@ -247,9 +251,10 @@ std::array<InputStatistics, model::kInputs> Calibration::collect(
     if (headroom >= kMostHeadroom)
       throw NumericalError(fmt::format(
           "block {}: calibration sequences differ by more than 2^{} in size", index, headroom));
-    say(fmt::format("block {}: a calibration sequence is over 2^{} times the first; collected again "
-                    "on a coarser grid",
-                    index, headroom));
+    say(fmt::format(
+        "block {}: a calibration sequence is over 2^{} times the first; collected again "
+        "on a coarser grid",
+        index, headroom));
   }
   std::array<InputStatistics, model::kInputs> statistics;
   for (int input = 0; input < model::kInputs; ++input)

@@ -19,8 +19,8 @@ namespace espalier::prune {
 
 /// What a method needs of one distinct input, over all calibration tokens.
 struct InputStatistics {
-  at::Tensor gram;            ///< SparseGPT: float64 [n, n], sum X^T X; undefined for Wanda
-  std::vector<float> norms;   ///< Wanda: sqrt of the mean over sequences of sum x_j^2, [n]
+  at::Tensor gram;           ///< SparseGPT: float64 [n, n], sum X^T X; undefined for Wanda
+  std::vector<float> norms;  ///< Wanda: sqrt of the mean over sequences of sum x_j^2, [n]
 };
 
 class Calibration {
@@ -32,7 +32,8 @@ class Calibration {
 
   /// One pass of every unit through `block` up to the down projection, which is not needed. By
   /// Input; inputs that no chosen layer reads stay empty. Collective. Throws NumericalError naming
-  /// block and input when an activation is not finite. `say` hears of a repetition on a coarser grid.
+  /// block and input when an activation is not finite. `say` hears of a repetition on a coarser
+  /// grid.
   std::array<InputStatistics, model::kInputs> collect(
       const model::BlockWeights& block, int64_t index,
       const std::vector<const model::Linear*>& layers,

@@ -37,8 +37,9 @@ void refuse_unsupported(const config::Section& section) {
   if (section.flag_or("refit", false))
     section.fail("refit", "true is not supported in this version; set it to false");
   if (!section.items("overrides").empty())
-    section.fail("overrides", "settings by matrix are not supported in this version; use include "
-                              "and exclude, or several prune entries");
+    section.fail("overrides",
+                 "settings by matrix are not supported in this version; use include "
+                 "and exclude, or several prune entries");
   section.allow({"stage", "from", "heads", "criterion"});
 }
 

@@ -28,12 +28,14 @@ int main(int count, char** arguments) try {
   const auto rotary = model::rotary_table(architecture, unit.length);
   at::Tensor x = model::embed(architecture, ends, tokens.flatten(), unit);
   for (int64_t block = 0; block < architecture.blocks; ++block)
-    x = model::block_forward(architecture, model::load_block(checkpoint, architecture, block, dtype),
-                             x, unit, rotary, model::plain_linear());
+    x = model::block_forward(architecture,
+                             model::load_block(checkpoint, architecture, block, dtype), x, unit,
+                             rotary, model::plain_linear());
   if (ends.final_norm.weight.defined()) x = model::apply_norm(architecture, ends.final_norm, x);
   if (ends.head.defined()) x = linalg::product(x, ends.head.t(), at::kFloat);
-  io::write_safetensors(arguments[3],
-                        {{"out", x.to(at::kFloat).view({unit.sequences, unit.length, -1}).contiguous()}});
+  io::write_safetensors(
+      arguments[3],
+      {{"out", x.to(at::kFloat).view({unit.sequences, unit.length, -1}).contiguous()}});
   return 0;
 } catch (const espalier::Error& error) {
   std::fprintf(stderr, "espalier: %s\n", error.what());

@@ -48,9 +48,9 @@ Product compile(const Operand& a, const Operand& b, const Operand& c, bool with_
   const auto da = describe(a, batch), db = describe(b, batch), dc = describe(c, batch);
   dnnl::memory::desc dbias;
   if (with_bias)
-    dbias = batch == 1 ? dnnl::memory::desc({1, c.columns}, type_of(c.type), {c.columns, 1})
-                       : dnnl::memory::desc({1, 1, c.columns}, type_of(c.type),
-                                            {c.columns, c.columns, 1});
+    dbias = batch == 1
+                ? dnnl::memory::desc({1, c.columns}, type_of(c.type), {c.columns, 1})
+                : dnnl::memory::desc({1, 1, c.columns}, type_of(c.type), {c.columns, c.columns, 1});
   const auto operation =
       with_bias ? dnnl::matmul::desc(da, db, dbias, dc) : dnnl::matmul::desc(da, db, dc);
   dnnl::primitive_attr attributes;
@@ -69,10 +69,12 @@ Product compile(const Operand& a, const Operand& b, const Operand& c, bool with_
 Product& compiled(const Operand& a, const Operand& b, const Operand& c, bool with_bias,
                   int64_t batch) {
   thread_local std::unordered_map<Key, Product, KeyHash> products;
-  const Key key{batch,          a.rows,          a.columns,
-                c.columns,      a.row_stride,    a.column_stride,
-                b.row_stride,   b.column_stride, c.row_stride,
-                c.column_stride, a.batch_stride, b.batch_stride,
+  const Key key{batch,          a.rows,
+                a.columns,      c.columns,
+                a.row_stride,   a.column_stride,
+                b.row_stride,   b.column_stride,
+                c.row_stride,   c.column_stride,
+                a.batch_stride, b.batch_stride,
                 c.batch_stride, int64_t(a.type) * 4 + int64_t(b.type) * 2 + int64_t(c.type),
                 with_bias,      0};
   auto found = products.find(key);

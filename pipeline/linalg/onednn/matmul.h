@@ -3,7 +3,8 @@
 ///
 /// LibTorch carries another version of oneDNN and exports some of its inline functions, which would
 /// take the place of this one's (its jit products then fail). So matmul.cpp is a module of its own,
-/// libespalier_onednn.so, opened with RTLD_DEEPBIND: it sees its own symbols first. load.cpp opens it.
+/// libespalier_onednn.so, opened with RTLD_DEEPBIND: it sees its own symbols first. load.cpp opens
+/// it.
 
 #include <cstdint>
 #include <string>
@@ -12,8 +13,8 @@ namespace espalier::onednn {
 
 enum class Type : int { float32, bfloat16 };
 
-/// A batch of matrices in memory; strides in elements, one of the last two is 1. A batch stride of 0
-/// repeats one matrix.
+/// A batch of matrices in memory; strides in elements, one of the last two is 1. A batch stride of
+/// 0 repeats one matrix.
 struct Operand {
   const void* data;
   Type type;
@@ -31,8 +32,9 @@ struct Functions {
   void (*one_thread)();
 };
 
-/// c[i] = a[i] b[i] (+ bias [columns of c], float32 when c is float32, else c's type) for i < batch.
-/// On the calling thread, with its OpenMP thread count. Compiled products are kept a shape a thread.
+/// c[i] = a[i] b[i] (+ bias [columns of c], float32 when c is float32, else c's type) for i <
+/// batch. On the calling thread, with its OpenMP thread count. Compiled products are kept a shape a
+/// thread.
 void matmul(const Operand& a, const Operand& b, const Operand& c, const void* bias = nullptr,
             int64_t batch = 1);
 

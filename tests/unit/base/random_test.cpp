@@ -13,7 +13,9 @@ TEST(CounterRandom, ADrawDependsOnlyOnSeedPurposeStreamAndIndex) {
   const CounterRandom b(1, "spp.alpha", stream_of("model.layers.0.self_attn.q_proj.weight"));
   for (uint64_t i : {9u, 0u, 4u}) EXPECT_EQ(a.bits(i), b.bits(i));
   EXPECT_NE(a.bits(0), CounterRandom(2, "spp.alpha", stream_of("x")).bits(0));
-  EXPECT_NE(a.bits(0), CounterRandom(1, "dropout", stream_of("model.layers.0.self_attn.q_proj.weight")).bits(0));
+  EXPECT_NE(
+      a.bits(0),
+      CounterRandom(1, "dropout", stream_of("model.layers.0.self_attn.q_proj.weight")).bits(0));
 }
 
 TEST(CounterRandom, UniformAndNormalHaveTheMomentsOfTheirDistributions) {
