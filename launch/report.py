@@ -338,15 +338,25 @@ def retrain_sections(run: Run) -> list[dict]:
     return sections
 
 
+def certificate_text(certificate) -> str:
+    """What the allocation left behind, and how far from the optimum it can be (greedy alone knows)."""
+    if not isinstance(certificate, dict):
+        return ""
+    energy, lost, gap = (number(certificate.get(key)) for key in ("energy", "lost_energy", "gap"))
+    text = f"{100 * lost / energy:.1f} % of the difference's energy is cut off" if energy and lost is not None else ""
+    if gap is not None and energy:
+        text += f", at most {100 * gap / energy:.2g} % of it more than the best allocation cuts"
+    return text
+
+
 def compress_sections(run: Run) -> list[dict]:
     sections = []
     for stage in run.stages:
         if stage.kind != "compress" or not stage.matrices:
             continue
-        certificate = stage.metrics.get("certificate")
         share = number(stage.metrics.get("share"))
         notes = [f"{bytes_of(stage)} of the fine-tuned checkpoint's bytes" if share is not None else "",
-                 f"certificate of the allocation: {certificate}" if certificate is not None else ""]
+                 certificate_text(stage.metrics.get("certificate"))]
         sections.append({
             "title": f"Chosen ranks and quantization error: {stage.folder}",
             "note": "; ".join(filter(None, notes)),
