@@ -107,12 +107,17 @@ at::Tensor activate(Activation activation, const at::Tensor& x) {
   throw DefectError("activation: unknown");
 }
 
+at::Tensor apply_linear(const Architecture& a, const BlockWeights& block, Role role,
+                        const at::Tensor& x, const LinearHook& linear) {
+  const at::Tensor& bias = block.bias[role];
+  return linear(*a.find(role), x, block.weight[role],
+                bias.defined() ? std::optional(bias) : std::nullopt);
+}
+
 at::Tensor feed_forward(const Architecture& a, const BlockWeights& block, const at::Tensor& x,
                         const LinearHook& linear) {
   const auto apply = [&](Role role, const at::Tensor& input) {
-    const at::Tensor& bias = block.bias[role];
-    return linear(*a.find(role), input, block.weight[role],
-                  bias.defined() ? std::optional(bias) : std::nullopt);
+    return apply_linear(a, block, role, input, linear);
   };
   if (!a.gated()) return apply(kDown, activate(a.activation, apply(kUp, x)));
   const at::Tensor gate = apply(kGate, x), up = apply(kUp, x);
@@ -125,9 +130,7 @@ at::Tensor self_attention(const Architecture& a, const BlockWeights& block, cons
                           const UnitShape& unit, const RotaryTable& rotary,
                           const LinearHook& linear) {
   const auto apply = [&](Role role, const at::Tensor& input) {
-    const at::Tensor& bias = block.bias[role];
-    return linear(*a.find(role), input, block.weight[role],
-                  bias.defined() ? std::optional(bias) : std::nullopt);
+    return apply_linear(a, block, role, input, linear);
   };
   const AttentionShape shape{a.heads,          a.key_value_heads,
                              a.head_size,      a.task == Task::causal,
