@@ -4,7 +4,7 @@
 /// /tokens     int32 [tokens]        every document's tokens, one after the other
 /// /offsets    int64 [documents + 1] document d is tokens[offsets[d] : offsets[d + 1]]
 /// /loss_mask  uint8 [tokens]        optional: 1 where the token counts in the loss
-/// attributes of "/": kind, tokenizer_checksum, vocabulary_size, end_token
+/// attributes of "/": kind, tokenizer_checksum (optional), vocabulary_size, end_token
 ///
 /// The file is hostile: types, shapes, offsets and every id are checked when it is opened. Tokens
 /// stay in the file; a set of any size costs its offsets.
@@ -27,6 +27,7 @@ class TokenSet {
   const std::filesystem::path& path() const;
   /// "text", "instruction", "choices", "glue".
   const std::string& kind() const;
+  /// SHA-256 of the tokenizer.json that made it; empty when the set does not say (see tokenizer.h).
   const std::string& tokenizer_checksum() const;
   int64_t vocabulary_size() const;
   /// -1 when the tokenizer has none: a stream then has nothing between its documents.

@@ -7,7 +7,6 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/checkpoint.h"
-#include "pipeline/io/checksum.h"
 #include "pipeline/model/architecture.h"
 #include "stages/evaluate/perplexity.h"
 
@@ -64,10 +63,10 @@ class EvaluateStage : public driver::Stage {
     for (const auto& task : tasks_) segments_of(open(task, architecture, start_model));
   }
 
-  std::string checksum_of_inputs() const override {
-    std::string checksums;
-    for (const auto& task : tasks_) checksums += io::file_checksum(task.data) + " ";
-    return checksums;
+  std::vector<std::filesystem::path> token_sets(const driver::RunContext&) const override {
+    std::vector<std::filesystem::path> sets;
+    for (const auto& task : tasks_) sets.push_back(task.data);
+    return sets;
   }
 
   driver::StageResult carry_out(driver::StageContext& context) const override {

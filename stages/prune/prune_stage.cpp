@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "pipeline/data/token_set.h"
+#include "pipeline/driver/spread.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
@@ -34,6 +35,10 @@ class PruneStage : public driver::Stage {
   void check(const driver::RunContext& run,
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
+  std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
+    if (!options_.needs_calibration()) return {};
+    return {run.calibration_data};
+  }
 
  private:
   void prune_block(driver::StageContext& context, const model::Architecture& architecture,
@@ -189,8 +194,8 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
                       {"matrices", files.assemble_masks(architecture.blocks)}};
     if (options_.method == Method::sparsegpt)
       result.metrics["damping"] = files.largest_damping(architecture.blocks);
-    io::write_derived(files.model_directory(), checkpoint);
   }
+  driver::write_derived(files.model_directory(), checkpoint, run.group);
   context.progress.finish();
   return result;
 }

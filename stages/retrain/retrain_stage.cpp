@@ -5,6 +5,7 @@
 
 #include "pipeline/data/sampler.h"
 #include "pipeline/data/token_set.h"
+#include "pipeline/driver/spread.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
@@ -31,6 +32,9 @@ class RetrainStage : public driver::Stage {
   void check(const driver::RunContext& run,
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
+  std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
+    return {run.train_data};
+  }
 
  private:
   data::TokenSet open_data(const driver::RunContext& run, const model::Architecture& architecture,
@@ -147,8 +151,7 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
   const data::TokenSet set = open_data(run, architecture, context.input_model);
   const data::TrainingSampler sampler(set, run.seed, options_.sequence_length,
                                       options_.train_on_prompt);
-  const std::string base_checksum =
-      run.group.broadcast(run.group.is_root() ? checkpoint.tensors_checksum() : std::string());
+  const std::string base_checksum = driver::tensors_checksum(checkpoint, run.group);
   const std::string fingerprint =
       io::checksum(fmt::format("{} {} {} {} {} {}", kNumericsVersion, configuration_,
                                set.checksum(), base_checksum, run.seed, c10::toString(run.dtype)));
