@@ -248,7 +248,7 @@ void carry_out(const config::Composition& composition, comm::Communicator group)
   Running running{shared,
                   entries,
                   {group, &workers, shared.run_directory, shared.seed, shared.dtype,
-                   shared.calibration_data, shared.train_data},
+                   shared.calibration_data, shared.train_data, shared.memory_bytes},
                   {{"start", shared.model}},
                   start_of_chain(shared),
                   {}};

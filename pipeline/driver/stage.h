@@ -26,6 +26,7 @@ struct RunContext {
   uint64_t seed = 0;
   at::ScalarType dtype;  ///< model.dtype: products, and weights between stages
   std::filesystem::path calibration_data, train_data;  ///< empty when unset
+  int64_t memory_bytes = 0;                            ///< of this rank; 0: no limit was set
 };
 
 struct StageContext {

@@ -17,6 +17,12 @@ namespace {
 
 constexpr int64_t kHiddenStateBytes = int64_t{256} << 20;
 
+/// A quarter of a limited memory: the rest is for the block, the head and the program.
+int64_t hidden_state_bytes(const driver::RunContext& run) {
+  return run.memory_bytes > 0 ? std::min(kHiddenStateBytes, run.memory_bytes / 4)
+                              : kHiddenStateBytes;
+}
+
 /// Every label is the next token; the last position predicts nothing.
 at::Tensor next_tokens(const at::Tensor& tokens) {
   at::Tensor labels = at::full_like(tokens, data::kIgnored);
@@ -82,7 +88,7 @@ Perplexity measure_perplexity(driver::StageContext& context, const io::Checkpoin
   const int64_t segment_bytes = task.sequence_length * architecture.hidden *
                                 static_cast<int64_t>(c10::elementSize(run.dtype));
   const int64_t at_once =
-      std::max<int64_t>(run.workers->count(), kHiddenStateBytes / segment_bytes);
+      std::max<int64_t>(run.workers->count(), hidden_state_bytes(run) / segment_bytes);
   context.progress.start("segments", total);
   std::vector<double> losses(static_cast<size_t>(total));
   for (int64_t first = 0; first < total; first += at_once * ranks) {

@@ -26,8 +26,8 @@ struct Perplexity {
 int64_t segments_of(const PerplexityTask& task);
 
 /// Segments are units, spread over ranks and workers; blocks are streamed, with the hidden states
-/// of at most 256 MB of segments a rank at a time. Collective. Throws NumericalError naming the
-/// segment when a loss is not finite.
+/// of at most 256 MB of segments a rank at a time (less under cluster.memory_gib). Collective.
+/// Throws NumericalError naming the segment when a loss is not finite.
 Perplexity measure_perplexity(driver::StageContext& context, const io::Checkpoint& checkpoint,
                               const PerplexityTask& task);
 

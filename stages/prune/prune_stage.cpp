@@ -170,7 +170,10 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   context.progress.start("blocks", architecture.blocks, done);
   std::optional<Calibration> calibration;
   if (options_.needs_calibration() && done < architecture.blocks)
-    calibration.emplace(run, options_, architecture, checkpoint);
+    calibration.emplace(run, options_, architecture, checkpoint, context.state_directory());
+  if (calibration && calibration->spilled_bytes() > 0)
+    context.progress.say(fmt::format("hidden states spill to disk: {:.3g} GiB a rank",
+                                     double(calibration->spilled_bytes()) / (1 << 30)));
   for (int64_t index = calibration ? 0 : done; index < architecture.blocks; ++index) {
     model::BlockWeights block = model::load_block(checkpoint, architecture, index, run.dtype);
     if (index < done)

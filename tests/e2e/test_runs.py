@@ -63,6 +63,19 @@ def test_every_output_is_the_same_bits_on_any_ranks_and_threads(on_one_rank, fil
         assert training == program.losses(directory / layout)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_hidden_states_on_disk_give_the_same_bits(files, tmp_path, method):
+    command = dict(pipeline="[prune,evaluate]", prune=method, prune__unit=5)
+    run_well(*settings(files, tmp_path / "memory", **command))
+    for layout, (ranks, threads) in {"1": (1, 1), **LAYOUTS}.items():
+        run_dir = tmp_path / layout
+        ended = run_well(*settings(files, run_dir, **command, cluster__threads_per_rank=threads,
+                                   cluster__memory_gib=0.001), ranks=ranks)
+        assert "hidden states spill to disk" in ended.output
+        assert differences(results(tmp_path / "memory"), results(run_dir)) == []
+        assert not [path for path in run_dir.rglob("*") if "hidden" in path.name]
+
+
 def test_another_seed_gives_other_masks(files, tmp_path):
     """So that the comparison above compares something."""
     masks = []
