@@ -98,7 +98,9 @@ TEST_F(SpreadWork, AnExportOfManyShardsIsTheFilesOfOneProcess) {
                list_outputs(directory_ / "alone", world_));
   EXPECT_GT(names.size(), 5u);  // config, tokenizer, index and shards
   EXPECT_EQ(told.back(), static_cast<int64_t>(names.size()) - 3);
-  if (world_.is_root()) EXPECT_EQ(names, alone);
+  if (world_.is_root()) {
+    EXPECT_EQ(names, alone);
+  }
   EXPECT_EQ(io::Checkpoint::open(directory_ / "together").names(), checkpoint.names());
 }
 
