@@ -20,7 +20,7 @@ LAYOUTS = {"2_ranks": (2, 1), "3_ranks": (3, 1), "1_rank_of_2_threads": (1, 2)}
 UNSTRUCTURED = dict(prune__pattern="unstructured", prune__sparsity=0.6)
 CASES = {
     "alps_2_of_4": dict(prune="alps"),
-    "alps_by_owl": dict(prune="alps", prune__iterations=45, prune__allocation="owl", **UNSTRUCTURED),
+    "alps_by_owl": dict(prune="alps", prune__iterations=18, prune__allocation="owl", **UNSTRUCTURED),
     "wanda_refined_and_refitted": dict(prune="wanda", prune__refine="dsnot", prune__refit="true"),
     "sparsegpt_by_matrix_refitted_on_masked_tokens": dict(
         prune="sparsegpt", prune__refit="true", prune__tokens="loss_mask",
