@@ -58,7 +58,8 @@ struct AdaptedModel::Pass {
 
 AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
                            const model::Architecture& architecture, at::ScalarType dtype,
-                           const AdapterMethod& method, const std::vector<std::string>& targets)
+                           const AdapterMethod& method, const std::vector<std::string>& targets,
+                           const AttachOptions& options)
     : architecture_(architecture), ends_(model::load_ends(checkpoint, architecture, dtype)) {
   const std::vector<const model::Linear*> layers = matching_layers(architecture, targets);
   first_adapted_ = architecture.blocks;
@@ -67,11 +68,15 @@ AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
     target_of_.emplace_back().fill(-1);
     for (const model::Linear* layer : layers) {
       target_of_[b][layer->role] = static_cast<int64_t>(targets_.size());
-      targets_.push_back({architecture.weight_name(b, *layer), b, blocks_[b].weight[layer->role]});
+      targets_.push_back({architecture.weight_name(b, *layer), b, blocks_[b].weight[layer->role],
+                          blocks_[b].bias[layer->role]});
+      const at::Tensor kept = targets_.back().weight.ne(0).to(at::kByte);
+      if (options.merge == Merge::masked && kept.eq(0).any().item<bool>())
+        targets_.back().kept = kept;
       first_adapted_ = std::min(first_adapted_, b);
     }
   }
-  adapter_ = method.attach(targets_);
+  adapter_ = method.attach(targets_, options);
 }
 
 std::unique_ptr<train::ParameterSet> AdaptedModel::make_parameters(uint64_t seed) {

@@ -26,7 +26,7 @@ class AdaptedModel {
   /// Loads every block: 2 bytes a weight in bfloat16, and what the method keeps beside it.
   AdaptedModel(const io::Checkpoint& checkpoint, const model::Architecture& architecture,
                at::ScalarType dtype, const AdapterMethod& method,
-               const std::vector<std::string>& targets);
+               const std::vector<std::string>& targets, const AttachOptions& options = {});
 
   /// Makes the parameters, with their values at the start, and binds the adapter to them. Before
   /// anything below.

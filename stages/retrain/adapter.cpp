@@ -16,12 +16,21 @@ std::map<std::string, AdapterFactory>& registry() {
   return factories;
 }
 
+std::vector<std::string>& keys_of_methods() {
+  static std::vector<std::string> keys;
+  return keys;
+}
+
 }  // namespace
 
-AdapterRegistration::AdapterRegistration(const std::string& name, AdapterFactory factory) {
+AdapterRegistration::AdapterRegistration(const std::string& name, AdapterFactory factory,
+                                         const std::vector<std::string>& keys) {
   if (!registry().emplace(name, std::move(factory)).second)
     throw DefectError(fmt::format("two retraining methods are called {}", name));
+  keys_of_methods().insert(keys_of_methods().end(), keys.begin(), keys.end());
 }
+
+const std::vector<std::string>& adapter_keys() { return keys_of_methods(); }
 
 std::vector<std::string> adapter_names() {
   std::vector<std::string> names;

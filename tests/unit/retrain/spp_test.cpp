@@ -28,7 +28,7 @@ struct Fixture {
     weight = at::randn({kOut, kIn}).mul(at::rand({kOut, kIn}).gt(0.5)).to(type);
     x = at::randn({kTokens, kIn}).to(type);
     dy = at::randn({kTokens, kOut}).to(type);
-    adapter = make_spp(options)->attach({{"w", 0, weight}});
+    adapter = make_spp(options)->attach({{"w", 0, weight}}, {});
     parameters = std::make_unique<train::ParameterSet>(adapter->initial_parameters(5));
     adapter->bind(*parameters);
     prepare();
@@ -184,7 +184,7 @@ TEST(Spp, MergedForwardIsTheAdaptersForwardToTheBit) {
     f.move_away();
     const at::Tensor merged = f.adapter->merged(0);
     EXPECT_EQ(merged.scalar_type(), type);
-    const auto frozen = make_spp(small())->attach({{"w", 0, merged}});
+    const auto frozen = make_spp(small())->attach({{"w", 0, merged}}, {});
     train::ParameterSet parameters(frozen->initial_parameters(5));  // beta = 0: the matrix itself
     frozen->bind(parameters);
     Workers workers(1);
