@@ -7,7 +7,9 @@
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/io/json.h"
+#include "pipeline/model/added_terms.h"
 #include "pipeline/model/sequence_head.h"
+#include "stages/export/terms.h"
 
 namespace espalier::exporting {
 namespace {
@@ -50,7 +52,9 @@ class ExportStage : public driver::Stage {
     context.progress.start("model", 1);
     if (context.run.group.is_root()) {
       const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
-      io::write_dense(checkpoint, target, context.run.dtype);
+      io::write_dense(checkpoint, target, context.run.dtype, int64_t{5} << 30, model::is_term);
+      const std::string beside = write_terms(checkpoint, target / "adapter");
+      if (!beside.empty()) context.progress.say(beside);
       write_head_config(checkpoint, target);
       int64_t bytes = 0, files = 0;
       for (const auto& entry : fs::directory_iterator(target)) {

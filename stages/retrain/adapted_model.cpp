@@ -29,6 +29,13 @@ at::Tensor mask_of(const at::Tensor& weight) {
   return kept.all().item<bool>() ? at::Tensor() : kept.to(at::kByte);
 }
 
+/// Next tokens and classes that do not count are negative, numbers NaN.
+int64_t counted_labels(const UnitBatch& batch) {
+  const at::Tensor& labels = batch.labels;
+  const bool numbers = at::isFloatingType(labels.scalar_type());
+  return (numbers ? labels.isnan().logical_not() : labels.ge(0)).sum().item<int64_t>();
+}
+
 ModelOptions with_attach(const std::vector<std::string>& targets, const AttachOptions& attach) {
   ModelOptions options(targets);
   options.attach = attach;
@@ -212,10 +219,7 @@ at::Tensor AdaptedModel::backward_head(const at::Tensor& hidden_states, const Un
 
 train::UnitLoss AdaptedModel::sequence_loss_of(const at::Tensor& value,
                                                const UnitBatch& batch) const {
-  const at::Tensor labelled = at::isFloatingType(batch.labels.scalar_type())
-                                  ? batch.labels.isnan().logical_not()
-                                  : batch.labels.ge(0);
-  return {value.item<double>(), labelled.sum().item<int64_t>(), batch.tokens.numel()};
+  return {value.item<double>(), counted_labels(batch), batch.tokens.numel()};
 }
 
 /// The same for the head of a classification or regression.
@@ -281,6 +285,7 @@ train::UnitLoss AdaptedModel::loss_and_gradients(const UnitBatch& batch, const U
                                                  const train::GradientSink& sink) const {
   const auto blocks = static_cast<int64_t>(blocks_.size());
   Pass pass = make_pass(batch, key);
+  pass.key.counted = counted_labels(batch);
   pass.outputs.resize(blocks);
   const bool front = !front_sites_.empty();
   const int64_t first = front ? 0 : first_trained_;

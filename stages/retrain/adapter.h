@@ -50,6 +50,7 @@ struct UnitKey {
   int64_t step = 0, first_sequence = 0, sequences = 1;
   /// True while the loss is measured and not trained on: nothing is dropped.
   bool evaluating = false;
+  int64_t counted = 0;  ///< labels of the unit that count: what its loss sum will be divided by
 };
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
@@ -129,6 +130,10 @@ class AdapterMethod {
                                           const AttachOptions& options) const = 0;
   /// Trainable parameters of one matrix by the paper's formula.
   virtual int64_t trainable_parameters(int64_t rows, int64_t columns) const = 0;
+  /// What the paper reports of them where that is another number (OFT: half).
+  virtual int64_t reported_parameters(int64_t rows, int64_t columns) const {
+    return trainable_parameters(rows, columns);
+  }
 
   /// False: no matrix is adapted, attach() is given no targets, and only sites are trained.
   virtual bool adapts_matrices() const { return true; }
