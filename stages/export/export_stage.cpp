@@ -52,7 +52,7 @@ class ExportStage : public driver::Stage {
     context.progress.start("model", 1);
     if (context.run.group.is_root()) {
       const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
-      io::write_dense(checkpoint, target, context.run.dtype, int64_t{5} << 30, model::is_term);
+      io::write_dense(checkpoint.without(model::is_term), target, context.run.dtype);
       const std::string beside = write_terms(checkpoint, target / "adapter");
       if (!beside.empty()) context.progress.say(beside);
       write_head_config(checkpoint, target);

@@ -39,9 +39,8 @@ Start find_start(const RetrainOptions& options, const io::Checkpoint& model,
                  const comm::Communicator& group) {
   Start start;
   const bool previous = options.adapter_previous;
-  const auto included = [&](const std::string& name) { return !previous || !model::is_term(name); };
-  start.base_checksum =
-      group.broadcast(group.is_root() ? model.tensors_checksum(included) : std::string());
+  const io::Checkpoint base = previous ? model.without(model::is_term) : model;
+  start.base_checksum = group.broadcast(group.is_root() ? base.tensors_checksum() : std::string());
   if (!previous && !options.adapter_from) return start;
   start.stored =
       StoredAdapter::read(previous ? previous_file(model) : adapter_file_of(*options.adapter_from));
