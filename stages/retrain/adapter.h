@@ -134,6 +134,8 @@ class AdapterMethod {
   virtual bool adapts_matrices() const { return true; }
   /// True when the change is a sum that may stay beside the matrix (merge: beside).
   virtual bool additive() const { return false; }
+  /// False: zeros stay zeros by the form of the change, and Target::kept is left undefined.
+  virtual bool needs_kept() const { return true; }
   /// Whether this tensor is trained as a whole. The framework owns it then: a float32 parameter
   /// that starts at the frozen value and is written into the model at the end.
   virtual bool trains(const Site& site) const {

@@ -226,6 +226,7 @@ class SppMethod : public AdapterMethod {
                       "divisor or leave the matrix out of retrain.targets",
                       matrix, rows, columns, options_.groups, rows));
   }
+  bool needs_kept() const override { return false; }
   int64_t trainable_parameters(int64_t rows, int64_t columns) const override {
     return options_.groups * columns + (options_.beta ? rows : 0);
   }
