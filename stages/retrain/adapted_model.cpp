@@ -121,6 +121,12 @@ std::unique_ptr<train::ParameterSet> AdaptedModel::make_parameters(uint64_t seed
   return parameters;
 }
 
+int64_t AdaptedModel::head_size() const {
+  int64_t size = 0;
+  for (const at::Tensor& value : head_parameters()) size += value.numel();
+  return size;
+}
+
 std::vector<at::Tensor> AdaptedModel::head_parameters() const {
   return {parameter_values_.begin() + first_head_parameter(), parameter_values_.end()};
 }
@@ -206,9 +212,9 @@ at::Tensor AdaptedModel::backward_head(const at::Tensor& hidden_states, const Un
 
 train::UnitLoss AdaptedModel::sequence_loss_of(const at::Tensor& value,
                                                const UnitBatch& batch) const {
-  const at::Tensor labelled =
-      at::isFloatingType(batch.labels.scalar_type()) ? batch.labels.isnan().logical_not()
-                                                     : batch.labels.ge(0);
+  const at::Tensor labelled = at::isFloatingType(batch.labels.scalar_type())
+                                  ? batch.labels.isnan().logical_not()
+                                  : batch.labels.ge(0);
   return {value.item<double>(), labelled.sum().item<int64_t>(), batch.tokens.numel()};
 }
 
@@ -230,8 +236,7 @@ at::Tensor AdaptedModel::backward_sequence_head(const at::Tensor& hidden_states,
   for (size_t h = 0; h < head_->tensors.size(); ++h)
     parameters.push_back(first_head_parameter() + static_cast<int64_t>(h));
   for (const int64_t p : parameters) wanted.push_back(parameter_values_[p]);
-  const std::vector<at::Tensor> gradients =
-      grad({value}, wanted, {}, std::nullopt, false, true);
+  const std::vector<at::Tensor> gradients = grad({value}, wanted, {}, std::nullopt, false, true);
   for (size_t i = 0; i < parameters.size(); ++i)
     if (gradients[i + 1].defined()) sink(parameters[i], gradients[i + 1]);
   return gradients[0];

@@ -71,13 +71,12 @@ class AdaptedModel {
   const std::optional<model::SequenceHead>& head() const { return head_; }
   /// Of the parameters: where the sites and the head begin.
   int64_t first_site_parameter() const { return first_site_; }
-  int64_t first_head_parameter() const {
-    return first_site_ + static_cast<int64_t>(sites_.size());
-  }
+  int64_t first_head_parameter() const { return first_site_ + static_cast<int64_t>(sites_.size()); }
   const std::vector<PlacedSite>& sites() const { return sites_; }
   const at::Tensor& parameter(int64_t index) const { return parameter_values_[index]; }
   /// Whether what an earlier adapter left beside the targets is left out.
   bool without_terms() const { return without_terms_; }
+  int64_t head_size() const;  ///< numbers of the head
   /// The head's tensors as they are trained now, float32, in the order of SequenceHead.
   std::vector<at::Tensor> head_parameters() const;
 
@@ -107,8 +106,8 @@ class AdaptedModel {
   model::Ends current_ends(bool with_graph) const;
   at::Tensor normed(const model::Ends& ends, const at::Tensor& hidden_states) const;
   at::Tensor backward_head(const at::Tensor& hidden_states, const UnitBatch& batch,
-                           train::UnitLoss& loss,
-                           const train::GradientSink& sink, at::Tensor& tied_gradient) const;
+                           train::UnitLoss& loss, const train::GradientSink& sink,
+                           at::Tensor& tied_gradient) const;
   at::Tensor backward_sequence_head(const at::Tensor& hidden_states, const UnitBatch& batch,
                                     const Pass& pass, train::UnitLoss& loss,
                                     const train::GradientSink& sink) const;

@@ -16,8 +16,8 @@ std::map<std::string, AdapterFactory>& registry() {
   return factories;
 }
 
-std::vector<std::string>& keys_of_methods() {
-  static std::vector<std::string> keys;
+std::map<std::string, std::vector<std::string>>& keys_of_methods() {
+  static std::map<std::string, std::vector<std::string>> keys;
   return keys;
 }
 
@@ -27,10 +27,20 @@ AdapterRegistration::AdapterRegistration(const std::string& name, AdapterFactory
                                          const std::vector<std::string>& keys) {
   if (!registry().emplace(name, std::move(factory)).second)
     throw DefectError(fmt::format("two retraining methods are called {}", name));
-  keys_of_methods().insert(keys_of_methods().end(), keys.begin(), keys.end());
+  keys_of_methods()[name] = keys;
 }
 
-const std::vector<std::string>& adapter_keys() { return keys_of_methods(); }
+std::vector<std::string> adapter_keys(const std::string& method) {
+  const auto found = keys_of_methods().find(method);
+  return found == keys_of_methods().end() ? std::vector<std::string>() : found->second;
+}
+
+std::vector<std::string> adapter_keys() {
+  std::vector<std::string> all;
+  for (const auto& [name, keys] : keys_of_methods())
+    all.insert(all.end(), keys.begin(), keys.end());
+  return all;
+}
 
 std::vector<std::string> adapter_names() {
   std::vector<std::string> names;

@@ -157,8 +157,9 @@ struct AdapterRegistration {
 };
 /// The registered names, sorted.
 std::vector<std::string> adapter_names();
-/// Every key that some method reads.
-const std::vector<std::string>& adapter_keys();
+/// The keys of one method; those of all of them.
+std::vector<std::string> adapter_keys(const std::string& method);
+std::vector<std::string> adapter_keys();
 /// Throws UserError listing the names when there is none of `name`.
 std::unique_ptr<AdapterMethod> make_adapter_method(const std::string& name,
                                                    const config::Section& section);

@@ -42,7 +42,9 @@ void for_each_dataset(const io::Hdf5Reader& reader, const std::string& group,
   }
 }
 
-std::string shape_text(const at::Tensor& t) { return fmt::format("[{}]", fmt::join(t.sizes(), ", ")); }
+std::string shape_text(const at::Tensor& t) {
+  return fmt::format("[{}]", fmt::join(t.sizes(), ", "));
+}
 
 }  // namespace
 
@@ -54,8 +56,7 @@ void write_adapters(const std::filesystem::path& file, const AdaptedModel& model
     writer.attribute(name, "type", type_name(value.scalar_type()));
   };
   const auto& all = parameters.parameters();
-  for (int64_t p = 0; p < model.first_head_parameter(); ++p)
-    write("/" + all[p].name, all[p].value);
+  for (int64_t p = 0; p < model.first_head_parameter(); ++p) write("/" + all[p].name, all[p].value);
   for (size_t p = model.first_head_parameter(); p < all.size(); ++p)
     write(fmt::format("/{}/{}", kHead, all[p].name), all[p].value);
   for (const auto& [name, value] : model.adapter().frozen_tensors())
@@ -77,14 +78,12 @@ StoredAdapter StoredAdapter::read(const std::filesystem::path& file) {
   const std::string head = fmt::format("/{}/", kHead), frozen = fmt::format("/{}/", kFrozen);
   for_each_dataset(reader, "", [&](const std::string& path) {
     const std::string where = fmt::format("{}: {}", file.string(), path);
-    const at::Tensor value =
-        reader.read(path, type_of(reader.text_attribute(path, "type"), where));
+    const at::Tensor value = reader.read(path, type_of(reader.text_attribute(path, "type"), where));
     if (path.starts_with(frozen)) {
       stored.frozen_[path.substr(frozen.size())] = value;
       return;
     }
-    if (value.scalar_type() != at::kFloat)
-      throw UserError(fmt::format("{} is no float32", where));
+    if (value.scalar_type() != at::kFloat) throw UserError(fmt::format("{} is no float32", where));
     if (!at::isfinite(value).all().item<bool>())
       throw UserError(fmt::format("{} holds values that are not finite", where));
     if (path.starts_with(head))
@@ -105,8 +104,7 @@ void StoredAdapter::require_method(const AdapterIdentity& wanted) const {
         file_.string(), identity_.settings, wanted.settings));
 }
 
-void StoredAdapter::require_base(const std::string& base_checksum,
-                                 const std::string& model) const {
+void StoredAdapter::require_base(const std::string& base_checksum, const std::string& model) const {
   if (identity_.base_checksum == base_checksum) return;
   throw UserError(fmt::format(
       "{}: the adapter stands on a base with the checksum {}, {} has {}; give it the model that it "
@@ -121,9 +119,9 @@ bool StoredAdapter::copy_into(train::ParameterSet& parameters, const AdaptedMode
   for (int64_t p = 0; p < first_head; ++p) {
     const auto found = values_.find(all[p].name);
     if (found == values_.end())
-      throw UserError(fmt::format(
-          "{}: has no parameter {}; retrain.targets must be those it was trained with",
-          file_.string(), all[p].name));
+      throw UserError(
+          fmt::format("{}: has no parameter {}; retrain.targets must be those it was trained with",
+                      file_.string(), all[p].name));
     if (found->second.sizes() != all[p].value.sizes())
       throw UserError(fmt::format("{}: {} has shape {}, this run asks for {}", file_.string(),
                                   all[p].name, shape_text(found->second),
@@ -133,9 +131,10 @@ bool StoredAdapter::copy_into(train::ParameterSet& parameters, const AdaptedMode
   if (static_cast<int64_t>(values_.size()) != first_head) {
     std::map<std::string, at::Tensor> left = values_;
     for (int64_t p = 0; p < first_head; ++p) left.erase(all[p].name);
-    throw UserError(fmt::format("{}: holds {} too, which this run does not train; "
-                                "retrain.targets must be those it was trained with",
-                                file_.string(), left.begin()->first));
+    throw UserError(
+        fmt::format("{}: holds {} too, which this run does not train; "
+                    "retrain.targets must be those it was trained with",
+                    file_.string(), left.begin()->first));
   }
   bool fits = first_head < static_cast<int64_t>(all.size());
   for (size_t p = first_head; p < all.size(); ++p) {

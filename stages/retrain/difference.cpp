@@ -59,8 +59,8 @@ void compare_logits(const at::Tensor& trained, const at::Tensor& written, Differ
 }
 
 struct Heads {
-  at::Tensor trained, written;                           // output embeddings, or
-  std::optional<model::SequenceHead> head;               // a head with
+  at::Tensor trained, written;                             // output embeddings, or
+  std::optional<model::SequenceHead> head;                 // a head with
   std::vector<at::Tensor> trained_values, written_values;  // its tensors
 };
 
@@ -85,9 +85,9 @@ Difference compare_unit(const Heads& heads, const UnitBatch& unit, const at::Ten
   Difference difference;
   if (heads.head) {
     const model::UnitShape shape = shape_of(unit);
-    compare_logits(
-        model::sequence_logits(*heads.head, heads.trained_values, trained, shape),
-        model::sequence_logits(*heads.head, heads.written_values, written, shape), difference);
+    compare_logits(model::sequence_logits(*heads.head, heads.trained_values, trained, shape),
+                   model::sequence_logits(*heads.head, heads.written_values, written, shape),
+                   difference);
     return difference;
   }
   for (int64_t first = 0; first < trained.size(0); first += kChunk) {

@@ -61,7 +61,8 @@ class Writer {
   void add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) const;
   void add_terms(int64_t t, NamedTensors& tensors, MergeReport& report) const;
   at::Tensor site_value(size_t s) const {
-    const at::Tensor value = model_.parameter(model_.first_site_parameter() + static_cast<int64_t>(s));
+    const at::Tensor value =
+        model_.parameter(model_.first_site_parameter() + static_cast<int64_t>(s));
     require_finite(value, model_.sites()[s].site.name);
     return value.detach().to(model_.dtype()).contiguous();
   }

@@ -24,13 +24,13 @@ struct MergeReport {
   }
 };
 
-/// Writes `directory` as a model derived from `base`: one file a block, blocks dealt over ranks, and
-/// one file of what stands outside the blocks (norms and embeddings in the model's type, a head in
-/// float32). Collective; adapter and parameters as they are, prepare_step done.
+/// Writes `directory` as a model derived from `base`: one file a block, blocks dealt over ranks,
+/// and one file of what stands outside the blocks (norms and embeddings in the model's type, a head
+/// in float32). Collective; adapter and parameters as they are, prepare_step done.
 ///
-/// Merge::masked: a zero that became something else is a DefectError naming the matrix; dense: it is
-/// counted; beside: the terms are written (pipeline/model/added_terms.h), added to those that were
-/// there. Throws NumericalError naming the matrix when it is not finite.
+/// Merge::masked: a zero that became something else is a DefectError naming the matrix; dense: it
+/// is counted; beside: the terms are written (pipeline/model/added_terms.h), added to those that
+/// were there. Throws NumericalError naming the matrix when it is not finite.
 MergeReport write_model(const std::filesystem::path& directory, const io::Checkpoint& base,
                         const AdaptedModel& model, Merge merge, Workers& workers,
                         const comm::Communicator& group);

@@ -92,22 +92,20 @@ void add_block(SiteList& list, const model::Architecture& a, int64_t block) {
       list.in_block(Site::Kind::norm_bias, a.tensor_name(block, names.bias), block,
                     [place](model::BlockWeights& w) -> at::Tensor& { return place(w).bias; });
   };
-  norm(a.attention_norm, [](model::BlockWeights& w) -> model::NormWeights& {
-    return w.attention_norm;
-  });
-  norm(a.feed_forward_norm, [](model::BlockWeights& w) -> model::NormWeights& {
-    return w.feed_forward_norm;
-  });
+  norm(a.attention_norm,
+       [](model::BlockWeights& w) -> model::NormWeights& { return w.attention_norm; });
+  norm(a.feed_forward_norm,
+       [](model::BlockWeights& w) -> model::NormWeights& { return w.feed_forward_norm; });
 }
 
 void add_ends(SiteList& list, const model::Architecture& a) {
   using model::Ends;
   using Kind = Site::Kind;
-  const auto embedding = [&](const std::string& name, at::Tensor Ends::* place) {
+  const auto embedding = [&](const std::string& name, at::Tensor Ends::*place) {
     list.in_ends(Kind::embedding, name, -1,
                  [place](Ends& ends) -> at::Tensor& { return ends.*place; });
   };
-  const auto norm = [&](const model::Names& names, int64_t block, model::NormWeights Ends::* norm) {
+  const auto norm = [&](const model::Names& names, int64_t block, model::NormWeights Ends::*norm) {
     list.in_ends(Kind::norm_weight, names.weight, block,
                  [norm](Ends& ends) -> at::Tensor& { return (ends.*norm).weight; });
     list.in_ends(Kind::norm_bias, names.bias, block,
@@ -155,11 +153,10 @@ Selection select(const io::Checkpoint& checkpoint, const model::Architecture& ar
         "linear layers are {}",
         *unused, architecture.model_type, fmt::join(names, ", ")));
   if (selection.matrices.empty() && selection.sites.empty() && head.empty())
-    throw UserError(
-        fmt::format("retrain: the method finds nothing to train in {}: a {} model with the linear "
-                    "layers {}, without biases where it needs them; choose another method",
-                    checkpoint.directory().string(), architecture.model_type,
-                    fmt::join(names, ", ")));
+    throw UserError(fmt::format(
+        "retrain: the method finds nothing to train in {}: a {} model with the linear "
+        "layers {}, without biases where it needs them; choose another method",
+        checkpoint.directory().string(), architecture.model_type, fmt::join(names, ", ")));
   return selection;
 }
 
