@@ -6,11 +6,24 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/io/json.h"
+#include "pipeline/model/sequence_head.h"
 
 namespace espalier::exporting {
 namespace {
 
 namespace fs = std::filesystem;
+
+/// A head that a stage gave to the model stands in config.json too, so that `transformers` loads
+/// the class that has it.
+void write_head_config(const io::Checkpoint& checkpoint, const fs::path& directory) {
+  const auto keys = model::config_of_head(checkpoint, model::read_architecture(checkpoint));
+  if (!keys) return;
+  const fs::path file = directory / "config.json";
+  nlohmann::json config = io::parse_json(io::read_file(file), file.string());
+  config.update(*keys);
+  io::write_file(file, config.dump(2) + "\n");
+}
 
 class ExportStage : public driver::Stage {
  public:
@@ -38,6 +51,7 @@ class ExportStage : public driver::Stage {
     if (context.run.group.is_root()) {
       const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
       io::write_dense(checkpoint, target, context.run.dtype);
+      write_head_config(checkpoint, target);
       int64_t bytes = 0, files = 0;
       for (const auto& entry : fs::directory_iterator(target)) {
         if (!entry.is_regular_file()) continue;  // a person's own folder may hold more
