@@ -129,6 +129,10 @@ class AdapterMethod {
                                           const AttachOptions& options) const = 0;
   /// Trainable parameters of one matrix by the paper's formula.
   virtual int64_t trainable_parameters(int64_t rows, int64_t columns) const = 0;
+  /// What the paper reports of them where that is another number (OFT: half).
+  virtual int64_t reported_parameters(int64_t rows, int64_t columns) const {
+    return trainable_parameters(rows, columns);
+  }
 
   /// False: no matrix is adapted, attach() is given no targets, and only sites are trained.
   virtual bool adapts_matrices() const { return true; }
