@@ -44,6 +44,8 @@ class Checkpoint {
   /// Of all tensors' bytes, by sorted name (dtype, shape, data): equal for a derived model and its
   /// dense export. Cached in the process by tensor; costs one read of the model the first time.
   std::string tensors_checksum() const;
+  /// The same of the tensors whose name `included` accepts.
+  std::string tensors_checksum(const std::function<bool(const std::string&)>& included) const;
   /// Of all tensors' names, dtypes, shapes and a few of their bytes (first, middle, last): costs
   /// some pages a tensor. Tells another model and a replaced one, not a single altered value.
   std::string fingerprint() const;
