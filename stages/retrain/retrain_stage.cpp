@@ -79,6 +79,12 @@ std::string merge_name(Merge merge) {
   return merge == Merge::masked ? "masked" : "dense";
 }
 
+/// Applying a stored adapter takes no steps, and no warm-up is too long for that.
+train::Schedule schedule_of(const RetrainOptions& options, int64_t steps) {
+  if (steps == 0) return {};
+  return train::make_schedule(options.schedule, steps, options.warmup_steps, options.warmup_ratio);
+}
+
 data::TokenSet open_set(const std::filesystem::path& file, const model::Architecture& architecture,
                         const std::filesystem::path& model) {
   data::TokenSet set = data::TokenSet::open(file);
@@ -129,8 +135,7 @@ void RetrainStage::check(const driver::RunContext& run,
   const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
   const model::Architecture architecture = model::read_architecture(checkpoint);
   const Sets sets = open_sets(run, architecture, start_model);
-  train::make_schedule(options_.schedule, options_.total_steps(sets.train.epoch_sequences()),
-                       options_.warmup_steps, options_.warmup_ratio);
+  schedule_of(options_, options_.total_steps(sets.train.epoch_sequences()));
   std::vector<std::string> head;
   if (sets.train.labelled())
     for (const model::HeadTensor& tensor :
@@ -189,8 +194,7 @@ train::LoopOptions RetrainStage::loop_options(const driver::StageContext& contex
   loop.steps = steps;
   loop.units = options_.units();
   loop.learning_rate = options_.learning_rate;
-  loop.schedule =
-      train::make_schedule(options_.schedule, steps, options_.warmup_steps, options_.warmup_ratio);
+  loop.schedule = schedule_of(options_, steps);
   loop.adamw = options_.adamw;
   loop.max_grad_norm = options_.max_grad_norm;
   loop.checkpoint_every = options_.checkpoint_every;
@@ -317,6 +321,9 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
       fmt::format("{} trainable parameters at {} matrices and {} other tensors, "
                   "and {} of a head",
                   trainable, model.targets().size(), model.sites().size(), head));
+  int64_t reported = 0;
+  for (const Target& target : model.targets())
+    reported += method_->reported_parameters(target.weight.size(0), target.weight.size(1));
   const train::LoopResult trained = train(context, model, *parameters, sets, fingerprint);
 
   model.adapter().prepare_step(*run.workers);
@@ -333,6 +340,7 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
   result.metrics = metrics_of(trained);
   result.metrics.update({{"method", options_.method},
                          {"trainable_parameters", trainable},
+                         {"reported_parameters", reported},  // of the matrices, as its paper counts
                          {"head_parameters", head},
                          {"merge", merge_name(options_.merge)},
                          {"nonzeros_before", merged.nonzeros_before},
