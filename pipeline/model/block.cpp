@@ -251,7 +251,9 @@ at::Tensor embed(const Architecture& a, const Ends& ends, const at::Tensor& toke
                                   unit.length, a.max_positions));
     x = x + ends.position_embedding.narrow(0, 0, unit.length).repeat({unit.sequences, 1});
   }
-  if (ends.type_embedding.defined()) x = x + ends.type_embedding[0];
+  if (ends.type_embedding.defined())
+    x = x + (unit.token_types.defined() ? ends.type_embedding.index_select(0, unit.token_types)
+                                        : ends.type_embedding[0]);
   return ends.embedding_norm.weight.defined() ? apply_norm(a, ends.embedding_norm, x) : x;
 }
 

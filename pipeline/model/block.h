@@ -31,7 +31,8 @@ BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& ar
 /// Where sequences stand in the rows of a unit: `sequences` of equal `length`, one after another.
 struct UnitShape {
   int64_t sequences = 1, length = 0;
-  at::Tensor visible;  ///< int64 [sequences]: tokens before the padding; undefined: all
+  at::Tensor visible;           ///< int64 [sequences]: tokens before the padding; undefined: all
+  at::Tensor token_types = {};  ///< int64 [sequences * length], BERT's segments; undefined: all 0
 };
 
 /// cos and sin of the rotary angles, float32 [length, rotated/2]; undefined without rotation.
