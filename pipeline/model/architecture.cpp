@@ -92,6 +92,8 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   }
   Architecture architecture = found->second(config, checkpoint);
   architecture.model_type = type;
+  // A decoder with a classification head in the place of its output embedding (sequence_head.h).
+  if (!checkpoint.has(architecture.head) && checkpoint.has("score.weight")) architecture.head = "";
   require_tensors(architecture, checkpoint);
   return architecture;
 }

@@ -190,8 +190,8 @@ std::optional<nlohmann::json> config_of_head(const io::Checkpoint& checkpoint,
   if (!labels) return std::nullopt;
   const nlohmann::json& config = checkpoint.config();
   nlohmann::json keys = {
-      {"architectures",
-       {family_name(config, config_path(checkpoint)) + "ForSequenceClassification"}},
+      {"architectures", nlohmann::json::array({family_name(config, config_path(checkpoint)) +
+                                               "ForSequenceClassification"})},
       {"id2label", label_names(config, *labels)},
       // transformers' own rule: one label is a number.
       {"problem_type", *labels == 1 ? "regression" : "single_label_classification"}};

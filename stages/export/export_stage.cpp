@@ -7,11 +7,24 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/io/json.h"
+#include "pipeline/model/sequence_head.h"
 
 namespace espalier::exporting {
 namespace {
 
 namespace fs = std::filesystem;
+
+/// A head that a stage gave to the model stands in config.json too, so that `transformers` loads
+/// the class that has it.
+void write_head_config(const io::Checkpoint& checkpoint, const fs::path& directory) {
+  const auto keys = model::config_of_head(checkpoint, model::read_architecture(checkpoint));
+  if (!keys) return;
+  const fs::path file = directory / "config.json";
+  nlohmann::json config = io::parse_json(io::read_file(file), file.string());
+  config.update(*keys);
+  io::write_file(file, config.dump(2) + "\n");
+}
 
 class ExportStage : public driver::Stage {
  public:
@@ -47,6 +60,7 @@ class ExportStage : public driver::Stage {
         });
     if (directory_) result.files_elsewhere = files;
     if (group.is_root()) {
+      write_head_config(checkpoint, target);
       int64_t bytes = 0;
       for (const auto& name : files) bytes += static_cast<int64_t>(fs::file_size(target / name));
       result.metrics = {{"directory", target.string()}, {"bytes", bytes}, {"files", files.size()}};
