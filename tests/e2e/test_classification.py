@@ -100,8 +100,6 @@ def plain_loop(model, rows: list, types: bool) -> np.ndarray:
 def write_small(name: str, labels: int, directory: Path):
     model = randomized(MODELS[name](labels))
     model.save_pretrained(directory)
-    probe = run("--cfg", "job", "pipeline=[export]", f"model.path={directory}", f"run.dir={directory}-probe")
-    assert probe.code == 0, str(probe)
     return model
 
 
@@ -135,7 +133,7 @@ def test_logits_are_those_of_transformers_and_metrics_those_of_scikit_learn(name
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_a_model_without_a_head_gets_one_that_the_export_keeps_for_transformers_or_says_so(name, tmp_path):
+def test_a_model_without_a_head_is_measured_with_a_drawn_one_and_exported_without(name, tmp_path):
     """Evaluating changes nothing: the head is drawn and said, and the export is the model as it was."""
     base = {"bert": lambda: transformers.BertModel(transformers.BertConfig(**SMALL)),
             "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))}[name]()
