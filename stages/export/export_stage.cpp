@@ -18,6 +18,7 @@ namespace fs = std::filesystem;
 /// A head that a stage gave to the model stands in config.json too, so that `transformers` loads
 /// the class that has it.
 void write_head_config(const io::Checkpoint& checkpoint, const fs::path& directory) {
+  if (!model::knows_architecture(checkpoint)) return;
   const auto keys = model::config_of_head(checkpoint, model::read_architecture(checkpoint));
   if (!keys) return;
   const fs::path file = directory / "config.json";
