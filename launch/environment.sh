@@ -35,6 +35,9 @@ fail() {
   exit 1
 }
 
+# quoted TEXT: the text as an override's value, whatever signs it holds (a directory called a=1,b=2).
+quoted() { printf "'%s'" "${1//\'/\\\'}"; }
+
 # step NAME COMMAND...: one plain line with what was done and how long it took. The command's output
 # goes to a log, which is shown when it fails, and then the script ends.
 step() {

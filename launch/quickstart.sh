@@ -73,9 +73,9 @@ for override in "$@"; do
   case "$override" in run.dir=*) run_dir="${override#run.dir=}" ;; esac
 done
 status=0
-"$scripts/run.sh" -n "$ranks" --threads 1 -- --config-name quickstart "model.path=$model" \
-  "data.calibration=$data/calibration.h5" "data.train=$data/train.h5" \
-  "evaluate.tasks.text.data=$data/heldout.h5" "run.dir=$run_dir" "$@" || status=$?
+"$scripts/run.sh" -n "$ranks" --threads 1 -- --config-name quickstart "model.path=$(quoted "$model")" \
+  "data.calibration=$(quoted "$data/calibration.h5")" "data.train=$(quoted "$data/train.h5")" \
+  "evaluate.tasks.text.data=$(quoted "$data/heldout.h5")" "run.dir=$(quoted "$run_dir")" "$@" || status=$?
 
 # A failed run has a report too, which shows how far it came.
 if [ -d "$run_dir" ]; then

@@ -40,6 +40,7 @@ libfmt-dev|messages|header fmt/format.h
 libhwy-dev|vectorised kernels|header hwy/highway.h
 libdnnl-dev|bfloat16 products on the CPU|header dnnl.hpp
 libxxhash-dev|checksums|header xxhash.h
+libssl-dev|the checksum of a tokenizer|header openssl/evp.h
 python3-venv|the virtual environment|venv
 END
   if $tests; then

@@ -11,7 +11,7 @@ cd "$ESPALIER_SOURCE"
 
 launch/setup.sh --tests
 launch/build.sh --tests
-launch/make_example.sh
+launch/make_example.sh --tests
 
 export ESPALIER_TEST_MODEL="$ESPALIER_WORK/models/smollm2-135m"
 export ESPALIER_TEST_MINILM="$ESPALIER_WORK/models/minilm-l6"

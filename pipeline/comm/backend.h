@@ -29,6 +29,7 @@ class Backend {
   virtual std::vector<std::vector<std::byte>> all_gather(std::span<const std::byte> mine) = 0;
   virtual std::vector<std::vector<std::byte>> gather(std::span<const std::byte> mine, int root) = 0;
   virtual void barrier() = 0;
+  virtual void still_working() = 0;
   virtual int64_t bytes_sent() const = 0;
   [[noreturn]] virtual void abort(const std::string& message, int exit_code) = 0;
 

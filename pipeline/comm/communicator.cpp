@@ -96,6 +96,8 @@ std::vector<std::vector<std::byte>> Communicator::gather(std::span<const std::by
 
 void Communicator::barrier() const { backend_->barrier(); }
 
+void Communicator::still_working() const { backend_->still_working(); }
+
 void Communicator::require_same(const std::string& what, const std::string& text) const {
   const std::string expected = broadcast(text, 0);
   // The largest size - rank belongs to the first rank that differs.

@@ -59,6 +59,10 @@ class Communicator {
   std::vector<std::vector<std::byte>> gather(std::span<const std::byte> mine, int root = 0) const;
   void barrier() const;
 
+  /// Called now and then by a rank that works alone while the others already wait for it: their
+  /// deadline begins anew (about once a second a message of a few bytes to each; not collective).
+  void still_working() const;
+
   /// Throws UserError on every rank, naming the first rank that differs, unless all ranks hold the
   /// same text (`what` names it: "configuration", "library versions", "data checksum").
   void require_same(const std::string& what, const std::string& text) const;

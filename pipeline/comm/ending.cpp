@@ -12,12 +12,13 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using namespace std::chrono_literals;
 
-constexpr int kAnnounced = 1, kAnswered = 2, kPrinted = 3;  // message tags
+constexpr int kAnnounced = 1, kAnswered = 2, kPrinted = 3, kWorking = 4;  // message tags
 constexpr auto kPrintAfter = 300ms;  // ranks that compute do not answer; the message need not wait
 constexpr auto kGrace = 2s;          // then MPI_Abort
 constexpr auto kFollowAtMost = 1s;   // an announcer that vanishes holds nobody
 constexpr auto kSettle = 20ms;
 constexpr auto kPause = 500us;
+constexpr auto kWordEvery = 1s;
 
 }  // namespace
 
@@ -28,9 +29,24 @@ Ending::Ending(MPI_Comm control) : control_(control) {
   MPI_Comm_size(control_, &size_);
 }
 
-void Ending::check() {
-  if (const auto notice = next(); notice && notice->kind == kAnnounced)
-    follow(notice->origin, notice->exit_code);
+bool Ending::check() {
+  bool works = false;
+  while (const auto notice = next()) {
+    if (notice->kind == kAnnounced) follow(notice->origin, notice->exit_code);
+    works = works || notice->kind == kWorking;
+  }
+  return works;
+}
+
+void Ending::still_working() {
+  if (Clock::now() - said_working_ < kWordEvery) return;
+  said_working_ = Clock::now();
+  sendings_.remove_if([](Sending& sending) {
+    int sent = 0;
+    MPI_Test(&sending.request, &sent, MPI_STATUS_IGNORE);
+    return sent != 0;
+  });
+  send_to_all(kWorking, 0);
 }
 
 void Ending::announce(const std::string& message, int exit_code) {
@@ -44,7 +60,7 @@ void Ending::announce(const std::string& message, int exit_code) {
     while (const auto notice = next()) {
       if (notice->kind == kAnnounced && notice->origin < rank_ && !printed)
         follow(notice->origin, notice->exit_code);
-      answered[notice->origin] = true;
+      if (notice->kind != kWorking) answered[notice->origin] = true;
     }
     const bool all = std::find(answered.begin(), answered.end(), false) == answered.end();
     const auto waited = Clock::now() - start;

@@ -7,10 +7,11 @@
 /// after a third of a second) the announcer prints; of several announcers the lowest rank does. A
 /// rank that has not answered after a short grace (it computes, or is stopped) is ended by
 /// MPI_Abort. Processes end by _Exit: MPI_Finalize would wait for peers and outstanding
-/// collectives.
+/// collectives. The same communicator carries the word of a rank that works while others wait.
 
 #include <mpi.h>
 
+#include <chrono>
 #include <list>
 #include <optional>
 #include <string>
@@ -23,8 +24,11 @@ class Ending {
   /// `control`: a duplicate of the whole group used by nothing else.
   explicit Ending(MPI_Comm control);
 
-  /// Returns at once when nobody has announced an error; else does not return. One MPI_Iprobe.
-  void check();
+  /// Returns at once when nobody has announced an error; else does not return. One MPI_Iprobe when
+  /// nothing has come. True when a rank has said that it still works.
+  bool check();
+  /// Says so to all, at most once a second.
+  void still_working();
   [[noreturn]] void announce(const std::string& message, int exit_code);
 
  private:
@@ -48,6 +52,7 @@ class Ending {
   int rank_ = 0;
   int size_ = 1;
   std::list<Sending> sendings_;
+  std::chrono::steady_clock::time_point said_working_{};
 };
 
 }  // namespace espalier::comm

@@ -136,6 +136,7 @@ class MpiBackend final : public Backend {
   }
 
   void barrier() override { meet(data_, "barrier"); }
+  void still_working() override { ending_.still_working(); }
 
   [[noreturn]] void abort(const std::string& message, int exit_code) override {
     ending_.announce(message, exit_code);
@@ -236,6 +237,7 @@ class MpiBackend final : public Backend {
   /// `bytes` still to move lengthen the awake part, because polling is what moves them.
   void wait(std::span<MPI_Request> requests, int64_t bytes, const char* name) {
     const auto start = Clock::now();
+    auto last_word = start;  // of a rank that the others wait for
     const auto awake = kYield + std::chrono::nanoseconds(4 * bytes);
     auto sleep = std::chrono::nanoseconds(20us);
     for (;;) {
@@ -246,12 +248,13 @@ class MpiBackend final : public Backend {
       if (done) return;
       const auto waited = Clock::now() - start;
       if (waited < kSpin) continue;
-      ending_.check();
+      if (ending_.check()) last_word = Clock::now();
       if (waited < awake) {
         std::this_thread::yield();
         continue;
       }
-      if (const double seconds = seconds_since(start); seconds > timeout_) give_up(name, seconds);
+      if (const double seconds = seconds_since(last_word); seconds > timeout_)
+        give_up(name, seconds);
       std::this_thread::sleep_for(sleep);
       sleep = std::min<std::chrono::nanoseconds>(2 * sleep, kLongestSleep);
     }

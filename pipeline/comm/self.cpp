@@ -32,6 +32,7 @@ class SelfBackend final : public Backend {
     print_error(message);
     exit_now(exit_code);
   }
+  void still_working() override {}
   void check_peers() override {}
 };
 

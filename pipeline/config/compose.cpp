@@ -106,9 +106,11 @@ std::string Composition::defaults_list() const {
   return text + line + "\n";
 }
 
-std::string Composition::override_dirname() const {
+std::string Composition::override_dirname(
+    const std::function<bool(const std::string& key)>& excluded) const {
   std::vector<std::string> inputs;
-  for (const auto& override : state_->overrides) inputs.push_back(override.input);
+  for (const auto& override : state_->overrides)
+    if (!excluded || !excluded(override.key)) inputs.push_back(override.input);
   std::sort(inputs.begin(), inputs.end());
   return join(inputs, ",");
 }

@@ -3,6 +3,7 @@
 /// directory of YAML files, a primary name and the command line's overrides.
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,8 +29,10 @@ class Composition {
   std::string json(bool resolved) const;
   /// The resolved defaults tree as `--info defaults` prints it.
   std::string defaults_list() const;
-  /// Hydra's override_dirname: "k=v,k2=v2" sorted by key.
-  std::string override_dirname() const;
+  /// Hydra's override_dirname: "k=v,k2=v2" sorted by key, without the overrides of keys that
+  /// `excluded` accepts.
+  std::string override_dirname(
+      const std::function<bool(const std::string& key)>& excluded = {}) const;
 
   struct State;
   explicit Composition(std::shared_ptr<State> state) : state_(std::move(state)) {}

@@ -88,10 +88,11 @@ struct TokenSet::State {
 };
 
 void TokenSet::State::read_attributes() {
-  for (const char* name : {"kind", "tokenizer_checksum", "vocabulary_size", "end_token"})
+  for (const char* name : {"kind", "vocabulary_size", "end_token"})
     if (!reader.has_attribute("/", name)) fail(path, fmt::format("attribute {} is missing", name));
   kind = reader.text_attribute("/", "kind");
-  tokenizer_checksum = reader.text_attribute("/", "tokenizer_checksum");
+  if (reader.has_attribute("/", "tokenizer_checksum"))
+    tokenizer_checksum = reader.text_attribute("/", "tokenizer_checksum");
   vocabulary_size = reader.integer_attribute("/", "vocabulary_size");
   end_token = reader.integer_attribute("/", "end_token");
   if (vocabulary_size <= 0)

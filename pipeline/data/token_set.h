@@ -12,8 +12,8 @@
 /// /choice_of   int64 [documents]    the row's question, counted from 0, ascending
 /// /labels      int64 [questions]    the right choice, counted from 0 within the question
 /// /characters  int64 [documents]    of the choice's text
-/// attributes of "/": kind, tokenizer_checksum, vocabulary_size, end_token; task, classes,
-/// label_names (one a line) for glue; shots for choices
+/// attributes of "/": kind, tokenizer_checksum (optional), vocabulary_size, end_token; for
+/// glue task, classes, label_names (one a line); for choices shots
 ///
 /// The file is hostile: types, shapes, offsets and every id are checked when it is opened. Tokens
 /// stay in the file; a set of any size costs its offsets.
@@ -37,6 +37,7 @@ class TokenSet {
   const std::filesystem::path& path() const;
   /// "text", "instruction", "choices", "glue".
   const std::string& kind() const;
+  /// SHA-256 of the tokenizer.json that made it; empty when the set does not say (see tokenizer.h).
   const std::string& tokenizer_checksum() const;
   int64_t vocabulary_size() const;
   /// -1 when the tokenizer has none: a stream then has nothing between its documents.

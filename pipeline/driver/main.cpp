@@ -19,6 +19,11 @@ namespace {
 using namespace espalier;
 using driver::CommandLine;
 
+/// What changes no result names no directory: the same sweep started with other threads goes on.
+bool changes_no_result(const std::string& key) {
+  return key == "run.resume" || key == "run.dir" || key == "cluster" || key.starts_with("cluster.");
+}
+
 /// In a sweep each member has a directory of its own, named by its overrides.
 config::Composition compose_member(config::Request request,
                                    const std::vector<std::string>& overrides, bool sweep) {
@@ -32,8 +37,9 @@ config::Composition compose_member(config::Request request,
                       "outputs/<run.name>-sweep/<overrides>; set run.name instead",
                       override));
   // The name is itself the text of overrides, quotes among it.
-  std::string quoted;
-  for (char c : composition.override_dirname()) {
+  std::string quoted, dirname = composition.override_dirname(changes_no_result);
+  if (dirname.empty()) dirname = "no-overrides";
+  for (char c : dirname) {
     if (c == '\'' || c == '\\') quoted += '\\';
     quoted += c;
   }

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 
 #include "pipeline/driver/machine.h"
@@ -26,7 +27,9 @@ void read_cluster(const config::Section& section, Shared& shared) {
       static_cast<int>(section.integer_or("threads_per_rank", 0, {.low = 0, .high = 4096}));
   if (shared.threads_per_rank == 0) shared.threads_per_rank = usable_cores();
   shared.timeout_seconds = section.number_or("timeout_seconds", 600, {.low = 0, .low_open = true});
-  section.optional_number("memory_gib", {.low = 0, .low_open = true});
+  const auto gib =
+      section.optional_number("memory_gib", {.low = 0, .high = 1 << 20, .low_open = true});
+  if (gib) shared.memory_bytes = std::max<int64_t>(1, std::llround(*gib * (1 << 30)));
   section.finish();
 }
 

@@ -31,6 +31,7 @@ struct Shared {
   bool resume = true;
   int threads_per_rank = 0;
   double timeout_seconds = 600;
+  int64_t memory_bytes = 0;  ///< of one rank; 0: unset
   at::ScalarType dtype = at::kBFloat16;
 };
 

@@ -5,11 +5,14 @@
 #include <chrono>
 #include <cstring>
 #include <map>
+#include <optional>
 
 #include "pipeline/driver/machine.h"
 #include "pipeline/driver/plan_of_run.h"
 #include "pipeline/driver/run_directory.h"
+#include "pipeline/driver/spread.h"
 #include "pipeline/driver/table.h"
+#include "pipeline/driver/token_sets.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
@@ -32,6 +35,7 @@ struct Running {
   RunContext run;
   std::map<std::string, fs::path> models;  ///< by entry name, "start", "retrain.input"
   std::string chain;                       ///< hash of everything before the entry
+  TokenSetChecksums token_sets;
 
   fs::path model_of(const std::string& entry) const {
     const auto found = models.find(entry);
@@ -44,70 +48,75 @@ struct Running {
   }
 };
 
-/// The key hashes configuration, everything before, the data and the numerics; never ranks or
-/// threads.
+/// The key hashes configuration, everything before, the data that the stage reads and the numerics;
+/// never ranks or threads.
 std::string key_of(const Running& running, const Entry& entry) {
   const auto& group = running.run.group;
-  const std::string inputs =
+  std::string inputs =
       group.broadcast(group.is_root() ? entry.stage->checksum_of_inputs() : std::string());
+  for (const auto& set : entry.stage->token_sets(running.run))
+    if (!set.empty()) inputs += " " + running.token_sets.at(set);
   return io::checksum(fmt::format("{}\n{}\n{}\n{}\n{}\n{}\n{}", kNumericsVersion, entry.kind,
                                   entry.canonical, entry.from, running.chain,
                                   static_cast<int>(running.run.dtype), inputs));
 }
 
 /// What a stage wrote outside its directory (an export to a directory of the person's own).
-json outputs_elsewhere(const fs::path& stage_directory, const fs::path& model) {
-  if (fs::absolute(model).lexically_normal() ==
-      fs::absolute(stage_directory / "model").lexically_normal())
-    return nullptr;
-  json files = json::array();
-  for (const auto& output : io::list_outputs(model))
-    files.push_back(
-        {{"path", output.path}, {"bytes", output.bytes}, {"checksum", output.checksum}});
-  return {{"directory", fs::absolute(model).string()}, {"files", files}};
+/// Collective.
+json outputs_elsewhere(const StageResult& result, const comm::Communicator& group) {
+  if (result.files_elsewhere.empty()) return nullptr;
+  std::vector<io::Output> outputs;
+  if (group.is_root())
+    for (const auto& name : result.files_elsewhere)
+      outputs.push_back({name, static_cast<int64_t>(fs::file_size(result.model / name)), ""});
+  return {{"directory", fs::absolute(result.model).string()},
+          {"files", io::json_of(with_checksums(result.model, outputs, group))}};
 }
 
-std::string damage_elsewhere(const json& facts) {
-  if (!facts.contains("elsewhere") || facts["elsewhere"].is_null()) return {};
-  io::Manifest manifest;
-  for (const json& file : facts["elsewhere"].at("files"))
-    manifest.outputs.push_back({file.at("path").get<std::string>(), file.at("bytes").get<int64_t>(),
-                                file.at("checksum").get<std::string>()});
-  return io::damaged_output(facts["elsewhere"].at("directory").get<std::string>(), manifest);
+/// The first output that is missing or altered, wherever it lies. Collective; rank 0's manifest
+/// counts.
+std::string damage_of(const fs::path& directory, const std::optional<io::Manifest>& manifest,
+                      const comm::Communicator& group) {
+  const auto none = std::vector<io::Output>();
+  const std::string damage = damaged_output(directory, manifest ? manifest->outputs : none, group);
+  if (!damage.empty()) return damage;
+  json elsewhere = manifest ? manifest->facts.value("elsewhere", json()) : json();
+  elsewhere = json::parse(group.broadcast(elsewhere.dump()));
+  if (elsewhere.is_null()) return "";
+  const std::string origin = (directory / "manifest.json").string();
+  return damaged_output(elsewhere.at("directory").get<std::string>(),
+                        io::outputs_of(elsewhere.at("files"), origin), group);
 }
 
-/// The first output that is missing or altered, wherever it lies.
-std::string damage_of(const fs::path& directory, const io::Manifest& manifest) {
-  const std::string damage = io::damaged_output(directory, manifest);
-  return damage.empty() ? damage_elsewhere(manifest.facts) : damage;
-}
-
-/// True when the stage stands as an earlier start left it. Rank 0 looks, all ranks hear; what does
-/// not stand is cleared, but the state of the very same stage is kept to go on from.
-bool stands(const Running& running, const Entry& entry, const std::string& key) {
-  int64_t kept = 0;
-  if (running.run.group.is_root()) {
-    const fs::path directory = running.run.directory / entry.directory;
-    const auto manifest = io::read_manifest(directory);
-    const std::string damage =
-        manifest && manifest->key == key ? damage_of(directory, *manifest) : std::string();
-    kept = manifest && manifest->key == key && damage.empty();
-    if (kept) {
-      fmt::print("{}  done before, kept\n", entry.directory);
-    } else {
-      if (!damage.empty()) fmt::print("{}  {}; the stage is run again\n", entry.directory, damage);
-      const fs::path key_file = directory / "state" / "key";
-      const bool same_state = !manifest && fs::exists(key_file) && io::read_file(key_file) == key;
-      if (!same_state) {
-        fs::remove_all(directory);
-        io::write_file(key_file, key);
-      }
-      io::remove_leftovers(directory);
-    }
-    std::fflush(stdout);
+/// Clears what does not stand, but keeps the state of the very same stage to go on from. On rank 0.
+void prepare_directory(const fs::path& directory, bool finished, const std::string& key) {
+  const fs::path key_file = directory / "state" / "key";
+  const bool same_state = !finished && fs::exists(key_file) && io::read_file(key_file) == key;
+  if (!same_state) {
+    fs::remove_all(directory);
+    io::write_file(key_file, key);
   }
-  running.run.group.broadcast(comm::bytes_of(std::span(&kept, 1)), 0);
-  return kept != 0;
+  io::remove_leftovers(directory);
+}
+
+/// True when the stage stands as an earlier start left it; else its directory is ready for it.
+bool stands(const Running& running, const Entry& entry, const std::string& key) {
+  const auto& group = running.run.group;
+  const fs::path directory = running.run.directory / entry.directory;
+  std::optional<io::Manifest> manifest;
+  if (group.is_root()) manifest = io::read_manifest(directory);
+  int64_t same_key = manifest && manifest->key == key;
+  group.broadcast(comm::bytes_of(std::span(&same_key, 1)), 0);
+  const std::string damage = same_key ? damage_of(directory, manifest, group) : std::string();
+  const bool kept = same_key && damage.empty();
+  if (group.is_root()) {
+    if (kept) fmt::print("{}  done before, kept\n", entry.directory);
+    if (!damage.empty()) fmt::print("{}  {}; the stage is run again\n", entry.directory, damage);
+    std::fflush(stdout);
+    if (!kept) prepare_directory(directory, manifest.has_value(), key);
+  }
+  group.barrier();
+  return kept;
 }
 
 std::vector<int64_t> of_all_ranks(const comm::Communicator& group, int64_t value) {
@@ -120,23 +129,24 @@ std::vector<int64_t> of_all_ranks(const comm::Communicator& group, int64_t value
   return values;
 }
 
-/// metrics.json, then the manifest: only now the stage is finished.
+/// metrics.json, then the manifest: only now the stage is finished. Collective.
 void finish(const Running& running, const Entry& entry, const std::string& key,
             const StageResult& result, double seconds, int64_t sent_before) {
   const auto& group = running.run.group;
   const auto peaks = of_all_ranks(group, peak_resident_bytes());
   const auto sent = of_all_ranks(group, group.bytes_sent() - sent_before);
-  if (!group.is_root()) return;
   const fs::path directory = running.run.directory / entry.directory;
-  io::write_file(directory / "metrics.json", result.metrics.dump(2) + "\n");
+  if (group.is_root()) io::write_file(directory / "metrics.json", result.metrics.dump(2) + "\n");
   io::Manifest manifest;
+  manifest.outputs = list_outputs(directory, group);
+  const json elsewhere = outputs_elsewhere(result, group);
+  if (!group.is_root()) return;
   manifest.stage = entry.node;
   manifest.key = key;
   manifest.status = "finished";
   manifest.seconds = seconds;
   manifest.peak_resident_bytes = peaks;
   manifest.bytes_sent = sent;
-  manifest.outputs = io::list_outputs(directory);
   manifest.facts = {{"device", "cpu"},
                     {"backend", group.backend()},
                     {"ranks", group.size()},
@@ -144,8 +154,7 @@ void finish(const Running& running, const Entry& entry, const std::string& key,
                     {"products", linalg::product_description()},
                     {"dtype", running.run.dtype == at::kFloat ? "float32" : "bfloat16"},
                     {"kind", entry.kind}};
-  if (entry.kind == "export")
-    manifest.facts["elsewhere"] = outputs_elsewhere(directory, result.model);
+  if (!elsewhere.is_null()) manifest.facts["elsewhere"] = elsewhere;
   io::write_manifest(directory, manifest);
   fs::remove_all(directory / "state");
 }
@@ -210,14 +219,20 @@ void write_failure(const Running& running, const Entry& entry,
   }
 }
 
-/// What the first key stands on: the model, the data, the seed.
+/// What the first key stands on: the model and the seed.
 std::string start_of_chain(const Shared& shared) {
-  const auto data = [](const fs::path& file) {
-    return file.empty() ? std::string("none") : io::file_checksum(file);
-  };
-  return io::checksum(fmt::format("{} {} {} {}", io::Checkpoint::open(shared.model).fingerprint(),
-                                  data(shared.calibration_data), data(shared.train_data),
-                                  shared.seed));
+  return io::checksum(
+      fmt::format("{} {}", io::Checkpoint::open(shared.model).fingerprint(), shared.seed));
+}
+
+/// Holds the token sets against the model, and against what the other ranks read under their names.
+void take_token_sets(Running& running) {
+  running.token_sets = checksums_of_token_sets(running.entries, running.run);
+  std::string listing;
+  for (const auto& [set, checksum] : running.token_sets)
+    listing += fmt::format("{} {}\n", checksum, set.string());
+  running.run.group.require_same("data", listing);
+  require_tokenizer(running.token_sets, running.run, running.shared.model);
 }
 
 }  // namespace
@@ -233,11 +248,13 @@ void carry_out(const config::Composition& composition, comm::Communicator group)
   Running running{shared,
                   entries,
                   {group, &workers, shared.run_directory, shared.seed, shared.dtype,
-                   shared.calibration_data, shared.train_data},
+                   shared.calibration_data, shared.train_data, shared.memory_bytes},
                   {{"start", shared.model}},
-                  start_of_chain(shared)};
-  group.require_same("model and data", running.chain);
+                  start_of_chain(shared),
+                  {}};
+  group.require_same("model", running.chain);
   for (const auto& entry : entries) entry.stage->check(running.run, shared.model);
+  take_token_sets(running);
   if (group.is_root()) open_run_directory(composition, shared, group);
   group.barrier();
   const fs::path environment = shared.run_directory / "environment.json";

@@ -9,6 +9,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "pipeline/comm/communicator.h"
 #include "pipeline/config/section.h"
@@ -25,6 +26,7 @@ struct RunContext {
   uint64_t seed = 0;
   at::ScalarType dtype;  ///< model.dtype: products, and weights between stages
   std::filesystem::path calibration_data, train_data;  ///< empty when unset
+  int64_t memory_bytes = 0;                            ///< of this rank; 0: no limit was set
 };
 
 struct StageContext {
@@ -45,6 +47,9 @@ struct StageResult {
   std::filesystem::path
       model;               ///< what the next stage reads; the input when the stage changes none
   nlohmann::json metrics;  ///< written to metrics.json by the driver
+  /// Names of what was written into `model` when that lies outside of the stage's directory. On
+  /// every rank.
+  std::vector<std::string> files_elsewhere = {};
 };
 
 /// One stage of one run: configured (and checked) before anything runs, then carried out.
@@ -55,8 +60,11 @@ class Stage {
   /// be refused before work begins. Throws UserError.
   virtual void check(const RunContext& run, const std::filesystem::path& start_model) const = 0;
   virtual StageResult carry_out(StageContext& context) const = 0;
-  /// Checksums of what it reads besides its model, data.calibration and data.train: when they
-  /// change, the stage is run again. Called on rank 0.
+  /// The token sets it reads: when one changes the stage is run again, and each must come from the
+  /// model's tokenizer. Empty paths are passed over.
+  virtual std::vector<std::filesystem::path> token_sets(const RunContext&) const { return {}; }
+  /// Checksums of what it reads besides its model and token sets: when they change, the stage is
+  /// run again. Called on rank 0.
   virtual std::string checksum_of_inputs() const { return {}; }
 };
 

@@ -209,8 +209,34 @@ void remove_leftovers(const std::filesystem::path& directory) {
   }
 }
 
+namespace {
+
+/// Takes back, when it ends, the directories that were made below what was there.
+class TrialDirectory {
+ public:
+  explicit TrialDirectory(const std::filesystem::path& directory) {
+    std::error_code error;
+    for (auto path = std::filesystem::absolute(directory).lexically_normal();
+         !std::filesystem::exists(path, error) && path.has_relative_path();
+         path = path.parent_path())
+      made_.push_back(path);
+    make_directory(directory);
+  }
+  ~TrialDirectory() {
+    std::error_code error;  // a directory that someone else uses by now stays
+    for (const auto& path : made_) std::filesystem::remove(path, error);
+  }
+  TrialDirectory(const TrialDirectory&) = delete;
+  TrialDirectory& operator=(const TrialDirectory&) = delete;
+
+ private:
+  std::vector<std::filesystem::path> made_;  ///< deepest first
+};
+
+}  // namespace
+
 void require_space(const std::filesystem::path& directory, int64_t needed_bytes) {
-  make_directory(directory);
+  const TrialDirectory trial(directory);
   { const AtomicFile probe(directory / "probe"); }
   const int64_t free = free_bytes(directory);
   if (free >= 0 && free < needed_bytes) {

@@ -42,7 +42,8 @@ bool is_temporary(const std::filesystem::path& file);
 /// Removes temporary files that a killed process of this run left under `directory`.
 void remove_leftovers(const std::filesystem::path& directory);
 /// Throws EnvironmentError with both numbers when fewer than `needed_bytes` are free, or the
-/// directory cannot be created or written.
+/// directory cannot be created or written. Leaves nothing behind: a run that is refused later has
+/// made no directory.
 void require_space(const std::filesystem::path& directory, int64_t needed_bytes);
 /// An EnvironmentError about `file`: "ACTION: REASON; N bytes are free on its file system; ...".
 [[noreturn]] void throw_environment_error(const std::filesystem::path& file,

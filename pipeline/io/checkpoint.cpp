@@ -149,7 +149,7 @@ std::string describe(const std::string& name, const TensorInfo& info) {
 class ChecksumCache {
  public:
   std::string of(const std::string& name, const Place& place) {
-    const std::string key = fmt::format("{}@{}", place.file.identity(), place.info->begin);
+    const std::string key = key_of(place);
     {
       const std::lock_guard lock(mutex_);
       const auto found = known_.find(key);
@@ -162,8 +162,16 @@ class ChecksumCache {
     const std::lock_guard lock(mutex_);
     return known_.emplace(key, result).first->second;
   }
+  void learn(const Place& place, const std::string& checksum) {
+    const std::lock_guard lock(mutex_);
+    known_.emplace(key_of(place), checksum);
+  }
 
  private:
+  static std::string key_of(const Place& place) {
+    return fmt::format("{}@{}", place.file.identity(), place.info->begin);
+  }
+
   std::mutex mutex_;
   std::unordered_map<std::string, std::string> known_;
 };
@@ -337,6 +345,14 @@ std::string Checkpoint::tensors_checksum(
     list += describe(name, *place.info) + checksum_cache().of(name, place);
   }
   return checksum(list);
+}
+
+std::string Checkpoint::tensor_checksum(const std::string& name) const {
+  return checksum_cache().of(name, state_->place(name));
+}
+
+void Checkpoint::learn_tensor_checksum(const std::string& name, const std::string& checksum) const {
+  checksum_cache().learn(state_->place(name), checksum);
 }
 
 std::string Checkpoint::fingerprint() const {

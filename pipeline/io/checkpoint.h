@@ -44,8 +44,10 @@ class Checkpoint {
   /// Of all tensors' bytes, by sorted name (dtype, shape, data): equal for a derived model and its
   /// dense export. Cached in the process by tensor; costs one read of the model the first time.
   std::string tensors_checksum() const;
-  /// The same of the tensors whose name `included` accepts.
-  std::string tensors_checksum(const std::function<bool(const std::string&)>& included) const;
+  /// Of one tensor's bytes: what tensors_checksum() is made of. Cached in the process.
+  std::string tensor_checksum(const std::string& name) const;
+  /// Another process has computed it: this one does not read the tensor for tensors_checksum().
+  void learn_tensor_checksum(const std::string& name, const std::string& checksum) const;
   /// Of all tensors' names, dtypes, shapes and a few of their bytes (first, middle, last): costs
   /// some pages a tensor. Tells another model and a replaced one, not a single altered value.
   std::string fingerprint() const;
@@ -65,11 +67,36 @@ class Checkpoint {
 /// Writes `derived.json` into `directory` (after the tensor files are complete).
 void write_derived(const std::filesystem::path& directory, const Checkpoint& base);
 
-/// Writes the whole model dense: shards of at most `shard_bytes` with the index when more than one,
+constexpr int64_t kShardBytes = int64_t{5} << 30;
+
+/// A model written whole: shards of at most `shard_bytes` with the index when more than one,
 /// config.json (dtype field set to the tensors'), tokenizer and generation files carried along.
 /// Each tensor is cast to `dtype` when floating point. Tied tensors that the root stores once are
-/// stored once. Atomic by file; streams a tensor at a time.
-void write_dense(const Checkpoint& model, const std::filesystem::path& directory,
-                 at::ScalarType dtype, int64_t shard_bytes = int64_t{5} << 30);
+/// stored once. Atomic by file; streams a tensor at a time. In parts, so that several processes can
+/// share the shards: begin() by one of them, then every shard by any, then finish() by one.
+class DenseExport {
+ public:
+  /// Throws UserError when `directory` is one that the model itself stands on.
+  DenseExport(const Checkpoint& model, const std::filesystem::path& directory, at::ScalarType dtype,
+              int64_t shard_bytes = kShardBytes);
+
+  /// Removes what an earlier export left and this one does not replace, then writes all that is no
+  /// weight. Until finish() a directory of several shards is no complete model.
+  void begin() const;
+  int64_t shards() const;
+  void write_shard(int64_t shard) const;
+  void finish() const;
+  /// Names of all files that the export consists of, sorted.
+  std::vector<std::string> files() const;
+
+ private:
+  struct Plan;
+  std::shared_ptr<const Plan> plan_;
+};
+
+/// All of a DenseExport by this process. Returns the names of the files.
+std::vector<std::string> write_dense(const Checkpoint& model,
+                                     const std::filesystem::path& directory, at::ScalarType dtype,
+                                     int64_t shard_bytes = kShardBytes);
 
 }  // namespace espalier::io

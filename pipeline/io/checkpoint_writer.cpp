@@ -74,7 +74,7 @@ void remove_stale(const fs::path& directory, const std::set<std::string>& writte
   }
 }
 
-void write_shard(const Checkpoint& model, const fs::path& file, const Shard& shard) {
+void write_one_shard(const Checkpoint& model, const fs::path& file, const Shard& shard) {
   SafetensorsWriter writer(file, shard.tensors, {{"format", "pt"}});
   for (const TensorPlan& tensor : shard.tensors) {
     writer.append(model.view(tensor.name).to(tensor.dtype));
@@ -104,7 +104,6 @@ std::string dtype_of_config(at::ScalarType dtype) {
 }
 
 void write_config(const Checkpoint& model, const fs::path& directory, at::ScalarType dtype) {
-  if (!fs::exists(model.root() / kConfigFile)) return;
   json config = model.config();
   const std::string name = dtype_of_config(dtype);
   // transformers 5 reads and writes "dtype", older versions "torch_dtype".
@@ -133,26 +132,68 @@ void write_derived(const std::filesystem::path& directory, const Checkpoint& bas
   write_file(directory / kDerivedFile, content.dump(2) + "\n");
 }
 
-void write_dense(const Checkpoint& model, const std::filesystem::path& directory,
-                 at::ScalarType dtype, int64_t shard_bytes) {
-  const std::vector<Shard> shards = plan_shards(model, dtype, shard_bytes);
+struct DenseExport::Plan {
+  Checkpoint model;
+  fs::path directory;
+  at::ScalarType dtype;
+  std::vector<Shard> shards;
+
+  bool has_config() const { return fs::exists(model.root() / kConfigFile); }
+};
+
+DenseExport::DenseExport(const Checkpoint& model, const std::filesystem::path& directory,
+                         at::ScalarType dtype, int64_t shard_bytes) {
   refuse_overwriting_sources(model, directory);
+  plan_ = std::make_shared<const Plan>(
+      Plan{model, directory, dtype, plan_shards(model, dtype, shard_bytes)});
+}
+
+void DenseExport::begin() const {
   int64_t total = 0;
-  std::set<std::string> written;
-  for (size_t i = 0; i < shards.size(); ++i) {
-    total += shards[i].bytes;
-    written.insert(shard_name(i, shards.size()));
-  }
+  for (const Shard& shard : plan_->shards) total += shard.bytes;
+  const fs::path& directory = plan_->directory;
   require_space(directory, total);
-  remove_stale(directory, written);
-  for (const std::string& name : companion_files(model.root())) {
-    copy_whole(model.root() / name, directory / name);
+  std::error_code error;
+  fs::create_directories(directory, error);
+  if (error) throw_environment_error(directory, "the directory cannot be created", error.value());
+  const std::vector<std::string> names = files();
+  remove_stale(directory, {names.begin(), names.end()});
+  for (const std::string& name : companion_files(plan_->model.root())) {
+    copy_whole(plan_->model.root() / name, directory / name);
   }
-  write_config(model, directory, dtype);
-  for (size_t i = 0; i < shards.size(); ++i) {
-    write_shard(model, directory / shard_name(i, shards.size()), shards[i]);
+  if (plan_->has_config()) write_config(plan_->model, directory, plan_->dtype);
+}
+
+int64_t DenseExport::shards() const { return static_cast<int64_t>(plan_->shards.size()); }
+
+void DenseExport::write_shard(int64_t shard) const {
+  write_one_shard(plan_->model, plan_->directory / shard_name(shard, plan_->shards.size()),
+                  plan_->shards.at(shard));
+}
+
+void DenseExport::finish() const {
+  if (plan_->shards.size() > 1) write_index(plan_->directory, plan_->shards);
+}
+
+std::vector<std::string> DenseExport::files() const {
+  std::vector<std::string> names = companion_files(plan_->model.root());
+  if (plan_->has_config()) names.push_back(kConfigFile);
+  for (size_t i = 0; i < plan_->shards.size(); ++i) {
+    names.push_back(shard_name(i, plan_->shards.size()));
   }
-  if (shards.size() > 1) write_index(directory, shards);
+  if (plan_->shards.size() > 1) names.push_back(kIndexFile);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+std::vector<std::string> write_dense(const Checkpoint& model,
+                                     const std::filesystem::path& directory, at::ScalarType dtype,
+                                     int64_t shard_bytes) {
+  const DenseExport dense(model, directory, dtype, shard_bytes);
+  dense.begin();
+  for (int64_t shard = 0; shard < dense.shards(); ++shard) dense.write_shard(shard);
+  dense.finish();
+  return dense.files();
 }
 
 }  // namespace espalier::io

@@ -81,7 +81,7 @@ Output read_output(const json& value, const std::string& origin) {
 
 }  // namespace
 
-std::vector<Output> list_outputs(const std::filesystem::path& stage_directory) {
+std::vector<Output> find_outputs(const std::filesystem::path& stage_directory) {
   std::vector<Output> outputs;
   std::error_code error;
   fs::recursive_directory_iterator entry(stage_directory, error), end;
@@ -91,8 +91,7 @@ std::vector<Output> list_outputs(const std::filesystem::path& stage_directory) {
       entry.disable_recursion_pending();
     }
     if (!entry->is_regular_file() || relative == kManifestFile || is_temporary(relative)) continue;
-    outputs.push_back({relative.generic_string(), static_cast<int64_t>(entry->file_size()),
-                       file_checksum(entry->path())});
+    outputs.push_back({relative.generic_string(), static_cast<int64_t>(entry->file_size()), ""});
   }
   if (error) {
     throw_environment_error(stage_directory, "the directory cannot be read", error.value());
@@ -102,19 +101,34 @@ std::vector<Output> list_outputs(const std::filesystem::path& stage_directory) {
   return outputs;
 }
 
-void write_manifest(const std::filesystem::path& stage_directory, const Manifest& manifest) {
-  json outputs = json::array();
-  for (const Output& output : manifest.outputs) {
-    outputs.push_back(
-        {{"path", output.path}, {"bytes", output.bytes}, {"checksum", output.checksum}});
+std::vector<Output> list_outputs(const std::filesystem::path& stage_directory) {
+  std::vector<Output> outputs = find_outputs(stage_directory);
+  for (Output& output : outputs) output.checksum = file_checksum(stage_directory / output.path);
+  return outputs;
+}
+
+nlohmann::json json_of(const std::vector<Output>& outputs) {
+  json list = json::array();
+  for (const Output& output : outputs) {
+    list.push_back({{"path", output.path}, {"bytes", output.bytes}, {"checksum", output.checksum}});
   }
+  return list;
+}
+
+std::vector<Output> outputs_of(const nlohmann::json& list, const std::string& origin) {
+  std::vector<Output> outputs;
+  for (const json& value : list) outputs.push_back(read_output(value, origin));
+  return outputs;
+}
+
+void write_manifest(const std::filesystem::path& stage_directory, const Manifest& manifest) {
   const json content = {{"stage", manifest.stage},
                         {"key", manifest.key},
                         {"status", manifest.status},
                         {"seconds", manifest.seconds},
                         {"peak_resident_bytes", manifest.peak_resident_bytes},
                         {"bytes_sent", manifest.bytes_sent},
-                        {"outputs", outputs},
+                        {"outputs", json_of(manifest.outputs)},
                         {"facts", manifest.facts}};
   write_file(stage_directory / kManifestFile,
              content.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
@@ -132,28 +146,30 @@ std::optional<Manifest> read_manifest(const std::filesystem::path& stage_directo
   manifest.seconds = fields.number("seconds");
   manifest.peak_resident_bytes = fields.counts("peak_resident_bytes");
   manifest.bytes_sent = fields.counts("bytes_sent");
-  for (const json& value : fields.array("outputs")) {
-    manifest.outputs.push_back(read_output(value, file.string()));
-  }
+  manifest.outputs = outputs_of(fields.array("outputs"), file.string());
   manifest.facts = fields.at("facts");
   return manifest;
 }
 
+std::string damage_of(const std::filesystem::path& stage_directory, const Output& output) {
+  const fs::path file = stage_directory / output.path;
+  std::error_code error;
+  if (!fs::is_regular_file(file, error)) return fmt::format("{}: is missing", file.string());
+  const auto bytes = static_cast<int64_t>(fs::file_size(file, error));
+  if (bytes != output.bytes) {
+    return fmt::format("{}: has {} bytes, the manifest says {}", file.string(), bytes,
+                       output.bytes);
+  }
+  const std::string found = file_checksum(file);
+  if (found == output.checksum) return "";
+  return fmt::format("{}: has checksum {}, the manifest says {}", file.string(), found,
+                     output.checksum);
+}
+
 std::string damaged_output(const std::filesystem::path& stage_directory, const Manifest& manifest) {
   for (const Output& output : manifest.outputs) {
-    const fs::path file = stage_directory / output.path;
-    std::error_code error;
-    if (!fs::is_regular_file(file, error)) return fmt::format("{}: is missing", file.string());
-    const auto bytes = static_cast<int64_t>(fs::file_size(file, error));
-    if (bytes != output.bytes) {
-      return fmt::format("{}: has {} bytes, the manifest says {}", file.string(), bytes,
-                         output.bytes);
-    }
-    const std::string found = file_checksum(file);
-    if (found != output.checksum) {
-      return fmt::format("{}: has checksum {}, the manifest says {}", file.string(), found,
-                         output.checksum);
-    }
+    const std::string damage = damage_of(stage_directory, output);
+    if (!damage.empty()) return damage;
   }
   return "";
 }

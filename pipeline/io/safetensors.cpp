@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -119,11 +120,14 @@ at::Tensor SafetensorsFile::view(const std::string& name) const {
 void SafetensorsFile::drop(const std::string& name) const {
   const TensorInfo& info = mapping_->info(name);
   if (info.bytes() == 0) return;
-  // Outwards to whole pages: a neighbour's bytes on them are read again from the file, and inwards
-  // the pages of small tensors would stay for ever.
-  const int64_t page = ::sysconf(_SC_PAGESIZE);
-  const int64_t begin = info.begin / page * page;
-  ::madvise(mapping_->start + begin, static_cast<size_t>(info.end - begin), MADV_DONTNEED);
+  // Outwards: one fault maps all cached pages around it (Linux: an aligned window of 64 KiB), also
+  // those of neighbours that were dropped before; they would stay for ever. What is still needed is
+  // read again from the file.
+  constexpr int64_t kFaultWindow = 64 << 10;
+  const int64_t window = std::max<int64_t>(kFaultWindow, ::sysconf(_SC_PAGESIZE));
+  const int64_t begin = info.begin / window * window;
+  const int64_t end = std::min((info.end + window - 1) / window * window, mapping_->bytes);
+  ::madvise(mapping_->start + begin, static_cast<size_t>(end - begin), MADV_DONTNEED);
 }
 
 }  // namespace espalier::io

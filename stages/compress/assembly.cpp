@@ -41,6 +41,7 @@ Residual collect(const Assembly& assembly, json& figures) {
       figure["relative_error"] = result.errors.total;
       residual.matrices.push_back({matrix.name, matrix.shape, result.encoded});
     }
+    assembly.still_working();
     figures.push_back(std::move(figure));
   }
   return residual;
@@ -99,6 +100,7 @@ void write_model(const Assembly& assembly) {
       const Source& source = sources[begin];
       writer.append(source.whole ? assembly.whole[source.index].tensor.to(source.plan.dtype)
                                  : result_of(assembly, source.index).decoded);
+      assembly.still_working();
     }
     writer.commit();
   }

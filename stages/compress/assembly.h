@@ -2,6 +2,7 @@
 /// residual.h5 and the decoded model from a complete journal.
 
 #include <filesystem>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ struct Assembly {
   const std::vector<int64_t>& truncation_ranks;  ///< 0: the matrix stays the base's
   const Settings& settings;
   const std::vector<WholeTensor>& whole;
+  std::function<void()> still_working;  ///< called after every tensor: the other ranks wait
 };
 
 /// Writes both (the model streams from the journal, in shards of at most 1 GiB) and returns

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "pipeline/driver/spread.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/random.h"
@@ -45,7 +46,7 @@ class Compressor {
         group_(group),
         workers_(workers),
         hooks_(hooks),
-        base_checksum_(group.broadcast(group.is_root() ? base.tensors_checksum() : "")),
+        base_checksum_(driver::tensors_checksum(base, group)),
         journal_(directory / "state" / "journal", purpose(), group.is_root()) {
     group.barrier();  // the journal's directory is there
     matrices_ = changed_matrices(base, fine_tuned, group, workers);
@@ -193,11 +194,17 @@ class Compressor {
       costs.push_back(matrices_[i].predicted_cost());
       done.push_back(group_.is_root() && journal_.decomposed_to(int64_t(i)) >= targets_[i]);
     }
-    carry_out_units("matrices decomposed", costs, done, group_, workers_, hooks_, [&](int64_t i) {
-      journal_.write(i, decompose(delta_of(i), targets_[i], kept_vectors(), seed_of(i)),
-                     targets_[i]);
-      base_.drop(matrices_[i].name);
-    });
+    // A later round is of the few matrices that the allocation asks more of.
+    const bool first_round = targets_ == first_targets();
+    carry_out_units(
+        first_round ? "matrices decomposed" : "matrices decomposed further", costs, done, group_,
+        workers_, hooks_,
+        [&](int64_t i) {
+          journal_.write(i, decompose(delta_of(i), targets_[i], kept_vectors(), seed_of(i)),
+                         targets_[i]);
+          base_.drop(matrices_[i].name);
+        },
+        first_round);
   }
 
   void encode(const std::vector<int64_t>& ranks) {
@@ -233,7 +240,7 @@ class Compressor {
   json finish(const Allocation& allocation) {
     const Assembly assembly{base_,     base_checksum_, directory_,
                             journal_,  matrices_,      allocation.truncation_ranks,
-                            settings_, whole_};
+                            settings_, whole_,         [this] { group_.still_working(); }};
     json metrics = assemble(assembly);
     const int64_t bytes = metrics["bytes"].get<int64_t>();
     if (settings_.budget && bytes > budget_bytes())

@@ -32,13 +32,14 @@ std::vector<std::vector<int64_t>> longest_first(const std::vector<double>& costs
 
 void carry_out_units(const std::string& what, const std::vector<double>& costs,
                      std::vector<int64_t> done, const comm::Communicator& group, Workers& workers,
-                     const Hooks& hooks, const std::function<void(int64_t)>& body) {
-  const int64_t total = static_cast<int64_t>(costs.size());
+                     const Hooks& hooks, const std::function<void(int64_t)>& body,
+                     bool count_done) {
+  const auto units = static_cast<int64_t>(costs.size());
   done.resize(costs.size(), 0);
   group.all_reduce_max(std::span<int64_t>(done));
   std::vector<int64_t> pending;
   std::vector<double> pending_costs;
-  for (int64_t unit = 0; unit < total; ++unit) {
+  for (int64_t unit = 0; unit < units; ++unit) {
     if (done[unit]) continue;
     pending.push_back(unit);
     pending_costs.push_back(costs[unit]);
@@ -48,7 +49,9 @@ void carry_out_units(const std::string& what, const std::vector<double>& costs,
   const int64_t width = kUnitsOfARound * workers.count();
   int64_t rounds = (count + width - 1) / width;
   group.all_reduce_max(std::span<int64_t>(&rounds, 1));
-  int64_t finished = total - static_cast<int64_t>(pending.size());
+  const auto to_do = static_cast<int64_t>(pending.size());
+  const int64_t total = count_done ? units : to_do;
+  int64_t finished = total - to_do;
   if (hooks.start) hooks.start(what, total, finished);
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t begin = std::min(round * width, count), end = std::min(begin + width, count);

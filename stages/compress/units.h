@@ -28,9 +28,11 @@ std::vector<std::vector<int64_t>> longest_first(const std::vector<double>& costs
 /// Runs body(unit) once for each unit of 0..costs.size()-1 that is not done, on some worker of some
 /// rank. `done` is this rank's knowledge; what any rank knows to be done counts. Between rounds of
 /// a few units a worker, hears the hooks; throws Requeue (naming `what`) when asked to stop.
-/// Collective.
+/// `count_done`: whether the units that are done are told of as work of an earlier start; else only
+/// the others are counted. Collective.
 void carry_out_units(const std::string& what, const std::vector<double>& costs,
                      std::vector<int64_t> done, const comm::Communicator& group, Workers& workers,
-                     const Hooks& hooks, const std::function<void(int64_t unit)>& body);
+                     const Hooks& hooks, const std::function<void(int64_t unit)>& body,
+                     bool count_done = true);
 
 }  // namespace espalier::compress

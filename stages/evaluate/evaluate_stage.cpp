@@ -5,7 +5,6 @@
 #include <filesystem>
 
 #include "pipeline/io/checkpoint.h"
-#include "pipeline/io/checksum.h"
 #include "pipeline/model/architecture.h"
 #include "stages/evaluate/measurement.h"
 
@@ -48,10 +47,10 @@ class EvaluateStage : public driver::Stage {
     for (const auto& task : tasks_) task->check(run, architecture, start_model);
   }
 
-  std::string checksum_of_inputs() const override {
-    std::string checksums;
-    for (const auto& task : tasks_) checksums += io::file_checksum(task->file) + " ";
-    return checksums;
+  std::vector<std::filesystem::path> token_sets(const driver::RunContext&) const override {
+    std::vector<std::filesystem::path> sets;
+    for (const auto& task : tasks_) sets.push_back(task->file);
+    return sets;
   }
 
   driver::StageResult carry_out(driver::StageContext& context) const override {

@@ -12,6 +12,12 @@ namespace {
 
 constexpr int64_t kHiddenStateBytes = int64_t{256} << 20;
 
+/// A quarter of a limited memory: the rest is for the block, the head and the program.
+int64_t hidden_state_bytes(const driver::RunContext& run) {
+  return run.memory_bytes > 0 ? std::min(kHiddenStateBytes, run.memory_bytes / 4)
+                              : kHiddenStateBytes;
+}
+
 /// The scores of `units` (global numbers), through all blocks together.
 std::vector<std::vector<double>> score(driver::StageContext& context,
                                        const io::Checkpoint& checkpoint,
@@ -79,7 +85,8 @@ std::vector<std::vector<double>> score_units(driver::StageContext& context,
   const int64_t ranks = run.group.size();
   const int64_t unit_bytes =
       work.unit_tokens * architecture.hidden * static_cast<int64_t>(c10::elementSize(run.dtype));
-  const int64_t at_once = std::max<int64_t>(run.workers->count(), kHiddenStateBytes / unit_bytes);
+  const int64_t at_once =
+      std::max<int64_t>(run.workers->count(), hidden_state_bytes(run) / unit_bytes);
   context.progress.start(work.what, work.units);
   std::vector<std::vector<double>> scores(static_cast<size_t>(work.units));
   for (int64_t first = 0; first < work.units; first += at_once * ranks) {

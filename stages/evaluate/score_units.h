@@ -32,7 +32,8 @@ struct UnitWork {
 };
 
 /// The scores of every unit, by unit, on every rank. Blocks are streamed, with the hidden states of
-/// at most 256 MB of units a rank at a time. Collective. Throws Requeue when the run is to stop.
+/// at most 256 MB of units a rank at a time (less under cluster.memory_gib). Collective. Throws
+/// Requeue when the run is to stop.
 std::vector<std::vector<double>> score_units(driver::StageContext& context,
                                              const io::Checkpoint& checkpoint,
                                              const model::Architecture& architecture,

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "pipeline/driver/spread.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
@@ -19,6 +20,7 @@ namespace fs = std::filesystem;
 /// A head that a stage gave to the model stands in config.json too, so that `transformers` loads
 /// the class that has it.
 void write_head_config(const io::Checkpoint& checkpoint, const fs::path& directory) {
+  if (!model::knows_architecture(checkpoint)) return;
   const auto keys = model::config_of_head(checkpoint, model::read_architecture(checkpoint));
   if (!keys) return;
   const fs::path file = directory / "config.json";
@@ -47,22 +49,28 @@ class ExportStage : public driver::Stage {
   }
 
   driver::StageResult carry_out(driver::StageContext& context) const override {
+    const comm::Communicator& group = context.run.group;
     const fs::path target = directory_ ? fs::path(*directory_) : context.directory / "model";
     driver::StageResult result{target, {}};
-    context.progress.start("model", 1);
-    if (context.run.group.is_root()) {
-      const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
-      io::write_dense(checkpoint.without(model::is_term), target, context.run.dtype);
-      const std::string beside = write_terms(checkpoint, target / "adapter");
-      if (!beside.empty()) context.progress.say(beside);
+    const io::Checkpoint model = io::Checkpoint::open(context.input_model);
+    const io::Checkpoint checkpoint = model.without(model::is_term);
+    const int64_t shards = io::DenseExport(checkpoint, target, context.run.dtype).shards();
+    context.progress.start("shards", shards);
+    std::vector<std::string> files =
+        driver::write_dense(checkpoint, target, context.run.dtype, group, [&](int64_t done) {
+          context.progress.advance(done);
+          if (done < shards && driver::stop_requested(group))
+            throw Requeue("export: stopped; the same command again writes the model anew");
+        });
+    const Terms terms = write_terms(model, target, group.is_root());
+    files.insert(files.end(), terms.files.begin(), terms.files.end());
+    if (!terms.sentence.empty()) context.progress.say(terms.sentence);
+    if (directory_) result.files_elsewhere = files;
+    if (group.is_root()) {
       write_head_config(checkpoint, target);
-      int64_t bytes = 0, files = 0;
-      for (const auto& entry : fs::directory_iterator(target)) {
-        if (!entry.is_regular_file()) continue;  // a person's own folder may hold more
-        bytes += static_cast<int64_t>(entry.file_size());
-        ++files;
-      }
-      result.metrics = {{"directory", target.string()}, {"bytes", bytes}, {"files", files}};
+      int64_t bytes = 0;
+      for (const auto& name : files) bytes += static_cast<int64_t>(fs::file_size(target / name));
+      result.metrics = {{"directory", target.string()}, {"bytes", bytes}, {"files", files.size()}};
       context.progress.say("exported to " + target.string());
     }
     context.progress.finish();

@@ -89,24 +89,32 @@ void write_own(const std::filesystem::path& directory,
 
 }  // namespace
 
-std::string write_terms(const io::Checkpoint& model, const std::filesystem::path& directory) {
+Terms write_terms(const io::Checkpoint& model, const std::filesystem::path& directory, bool write) {
+  const std::filesystem::path adapter = directory / "adapter";
+  const std::string config = "adapter/adapter_config.json";
+  const std::string products_file = "adapter/adapter_model.safetensors";
+  const std::string own_file = "adapter/terms.safetensors";
+  if (write)  // an earlier export's
+    for (const std::string& file : {config, products_file, own_file})
+      std::filesystem::remove(directory / file);
   const auto all = all_terms(model);
   if (all.empty()) return {};
-  std::filesystem::create_directories(directory);
+  if (write) std::filesystem::create_directories(adapter);
   const bool products = std::all_of(all.begin(), all.end(), [](const auto& entry) {
     return entry.second.low_rank() && !entry.second.sparse() && !entry.second.bias.defined();
   });
   if (products) {
-    write_peft(model, directory, all);
-    return fmt::format("the adapter beside {} matrices is in {}, as peft loads it", all.size(),
-                       directory.string());
+    if (write) write_peft(model, adapter, all);
+    return {{config, products_file},
+            fmt::format("the adapter beside {} matrices is in {}, as peft loads it", all.size(),
+                        adapter.string())};
   }
-  write_own(directory, all);
-  return fmt::format(
-      "what stands beside {} matrices is in {}: it is more than low-rank products, so no other "
-      "library loads it; retrain with steps: 0, adapter: previous and merge: dense puts it into "
-      "the matrices",
-      all.size(), (directory / "terms.safetensors").string());
+  if (write) write_own(adapter, all);
+  return {{own_file},
+          fmt::format("what stands beside {} matrices is in {}: it is more than low-rank products, "
+                      "so no other library loads it; retrain with steps: 0, adapter: previous and "
+                      "merge: dense puts it into the matrices",
+                      all.size(), (directory / own_file).string())};
 }
 
 }  // namespace espalier::exporting

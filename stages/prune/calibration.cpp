@@ -79,6 +79,10 @@ std::array<int64_t, model::kInputs> input_sizes(const model::Architecture& archi
   return sizes;
 }
 
+int64_t owned_units(const Options& options, const comm::Communicator& group) {
+  return std::max<int64_t>((options.units() - group.rank() + group.size() - 1) / group.size(), 0);
+}
+
 at::Tensor statistic_of(const Options& options, const at::Tensor& x) {
   const auto options_float = x.options().dtype(at::kFloat);
   if (wants_gram(options)) {
@@ -97,14 +101,16 @@ at::Tensor statistic_of(const Options& options, const at::Tensor& x) {
 }  // namespace
 
 Calibration::Calibration(const driver::RunContext& run, const Options& options,
-                         const model::Architecture& architecture, const io::Checkpoint& checkpoint)
+                         const model::Architecture& architecture, const io::Checkpoint& checkpoint,
+                         const std::filesystem::path& spill_directory)
     : run_(run),
       options_(options),
       architecture_(architecture),
-      rotary_(model::rotary_table(architecture, options.sequence_length)) {
+      rotary_(model::rotary_table(architecture, options.sequence_length)),
+      hidden_states_(owned_units(options, run.group)) {
   const int rank = run.group.rank(), ranks = run.group.size();
-  const int64_t mine = (options.units() - rank + ranks - 1) / ranks;
-  hidden_states_.resize(static_cast<size_t>(std::max<int64_t>(mine, 0)));
+  if (must_spill(memory_need(), run.memory_bytes))
+    hidden_states_.spill_to(spill_directory, unit_bytes());
   const data::TokenSet set = data::TokenSet::open(run.calibration_data);
   const model::Ends ends = model::load_ends(checkpoint, architecture, run.dtype);
   run.workers->for_each(owned(), [&](int64_t i, int) {
@@ -114,8 +120,27 @@ Calibration::Calibration(const driver::RunContext& run, const Options& options,
     for (int64_t s = 0; s < sequences_of(i); ++s)
       windows.push_back(
           data::calibration_window(set, run.seed, first + s, options.sequence_length));
-    hidden_states_[i] = model::embed(architecture, ends, at::cat(windows), shape_of(i));
+    hidden_states_.put(i, model::embed(architecture, ends, at::cat(windows), shape_of(i)));
   });
+}
+
+int64_t Calibration::unit_bytes() const {
+  return options_.unit * options_.sequence_length * architecture_.hidden *
+         static_cast<int64_t>(c10::elementSize(run_.dtype));
+}
+
+/// The block as stored and in float32 with its masks, the statistics of each worker, and a unit's
+/// own passage through the block (a few times its hidden states).
+MemoryNeed Calibration::memory_need() const {
+  constexpr int64_t kProgram = int64_t{256} << 20;  // with its libraries
+  const int64_t workers = run_.workers->count();
+  int64_t weights = 0, statistics = 0;
+  for (const auto& linear : architecture_.linears) weights += linear.in * linear.out;
+  for (const int64_t n : input_sizes(architecture_))
+    statistics += 8 * n * (wants_gram(options_) ? n : 1);
+  const auto element = static_cast<int64_t>(c10::elementSize(run_.dtype));
+  return {owned() * unit_bytes(), kProgram + weights * (element + 5) + statistics * (workers + 1) +
+                                      8 * workers * unit_bytes()};
 }
 
 int64_t Calibration::sequences_of(int64_t owned_unit) const {
@@ -149,7 +174,8 @@ struct Calibration::Collector {
       if (linear.role == model::kUp && !to_the_end) return {};
       return linalg::linear(x, weight, bias);
     };
-    model::block_forward(calibration.architecture_, block, calibration.hidden_states_[owned_unit],
+    model::block_forward(calibration.architecture_, block,
+                         calibration.hidden_states_.get(owned_unit),
                          calibration.shape_of(owned_unit), calibration.rotary_, hook);
     return statistics;
   }
@@ -265,8 +291,8 @@ std::array<InputStatistics, model::kInputs> Calibration::collect(
 void Calibration::advance(const model::BlockWeights& block) {
   run_.workers->for_each(owned(), [&](int64_t i, int) {
     c10::InferenceMode guard;
-    hidden_states_[i] = model::block_forward(architecture_, block, hidden_states_[i], shape_of(i),
-                                             rotary_, model::plain_linear());
+    hidden_states_.put(i, model::block_forward(architecture_, block, hidden_states_.get(i),
+                                               shape_of(i), rotary_, model::plain_linear()));
   });
 }
 

@@ -13,6 +13,7 @@
 #include "pipeline/comm/exact_sum.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/model/block.h"
+#include "stages/prune/hidden_states.h"
 #include "stages/prune/options.h"
 
 namespace espalier::prune {
@@ -26,9 +27,13 @@ struct InputStatistics {
 class Calibration {
  public:
   /// Draws this rank's units (unit u belongs to rank u % ranks) and embeds them. Memory: samples /
-  /// ranks * sequence_length * hidden elements of the products' type.
+  /// ranks * sequence_length * hidden elements of the products' type; in a file under
+  /// `spill_directory` when that would go beyond run.memory_bytes.
   Calibration(const driver::RunContext& run, const Options& options,
-              const model::Architecture& architecture, const io::Checkpoint& checkpoint);
+              const model::Architecture& architecture, const io::Checkpoint& checkpoint,
+              const std::filesystem::path& spill_directory);
+  /// Of this rank's hidden states; 0 when they are in memory.
+  int64_t spilled_bytes() const { return hidden_states_.spilled_bytes(); }
 
   /// One pass of every unit through `block` up to the down projection, which is not needed. By
   /// Input; inputs that no chosen layer reads stay empty. Collective. Throws NumericalError naming
@@ -44,7 +49,9 @@ class Calibration {
 
  private:
   struct Collector;
-  int64_t owned() const { return static_cast<int64_t>(hidden_states_.size()); }
+  MemoryNeed memory_need() const;
+  int64_t unit_bytes() const;
+  int64_t owned() const { return hidden_states_.units(); }
   int64_t sequences_of(int64_t owned_unit) const;
   model::UnitShape shape_of(int64_t owned_unit) const;
 
@@ -52,7 +59,7 @@ class Calibration {
   const Options& options_;
   const model::Architecture& architecture_;
   model::RotaryTable rotary_;
-  std::vector<at::Tensor> hidden_states_;  ///< of owned unit i = global unit rank + i * ranks
+  HiddenStates hidden_states_;  ///< of owned unit i = global unit rank + i * ranks
 };
 
 }  // namespace espalier::prune

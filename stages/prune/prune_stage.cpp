@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "pipeline/data/token_set.h"
+#include "pipeline/driver/spread.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
@@ -34,6 +35,10 @@ class PruneStage : public driver::Stage {
   void check(const driver::RunContext& run,
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
+  std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
+    if (!options_.needs_calibration()) return {};
+    return {run.calibration_data};
+  }
 
  private:
   void prune_block(driver::StageContext& context, const model::Architecture& architecture,
@@ -165,7 +170,10 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   context.progress.start("blocks", architecture.blocks, done);
   std::optional<Calibration> calibration;
   if (options_.needs_calibration() && done < architecture.blocks)
-    calibration.emplace(run, options_, architecture, checkpoint);
+    calibration.emplace(run, options_, architecture, checkpoint, context.state_directory());
+  if (calibration && calibration->spilled_bytes() > 0)
+    context.progress.say(fmt::format("hidden states spill to disk: {:.3g} GiB a rank",
+                                     double(calibration->spilled_bytes()) / (1 << 30)));
   for (int64_t index = calibration ? 0 : done; index < architecture.blocks; ++index) {
     model::BlockWeights block = model::load_block(checkpoint, architecture, index, run.dtype);
     if (index < done)
@@ -189,8 +197,8 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
                       {"matrices", files.assemble_masks(architecture.blocks)}};
     if (options_.method == Method::sparsegpt)
       result.metrics["damping"] = files.largest_damping(architecture.blocks);
-    io::write_derived(files.model_directory(), checkpoint);
   }
+  driver::write_derived(files.model_directory(), checkpoint, run.group);
   context.progress.finish();
   return result;
 }

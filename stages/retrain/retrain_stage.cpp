@@ -51,6 +51,10 @@ class RetrainStage : public driver::Stage {
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
   std::string checksum_of_inputs() const override;
+  std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
+    if (options_.validate.data) return {run.train_data, *options_.validate.data};
+    return {run.train_data};
+  }
 
  private:
   Sets open_sets(const driver::RunContext& run, const model::Architecture& architecture,
@@ -158,7 +162,6 @@ void RetrainStage::check(const driver::RunContext& run,
 
 std::string RetrainStage::checksum_of_inputs() const {
   std::vector<std::filesystem::path> files = method_->input_files();
-  if (options_.validate.data) files.emplace_back(*options_.validate.data);
   if (options_.adapter_from) files.push_back(adapter_file_of(*options_.adapter_from));
   if (options_.index_sets) files.emplace_back(*options_.index_sets);
   std::string checksums;

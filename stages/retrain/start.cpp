@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "pipeline/driver/spread.h"
 #include "pipeline/errors.h"
 #include "pipeline/model/added_terms.h"
 
@@ -40,7 +41,7 @@ Start find_start(const RetrainOptions& options, const io::Checkpoint& model,
   Start start;
   const bool previous = options.adapter_previous;
   const io::Checkpoint base = previous ? model.without(model::is_term) : model;
-  start.base_checksum = group.broadcast(group.is_root() ? base.tensors_checksum() : std::string());
+  start.base_checksum = driver::tensors_checksum(base, group);
   if (!previous && !options.adapter_from) return start;
   start.stored =
       StoredAdapter::read(previous ? previous_file(model) : adapter_file_of(*options.adapter_from));

@@ -6,12 +6,13 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from program import SOURCE, run, settings
-from small_model import Files, text_tokens, write_files, write_tokens
+from small_model import Files, text_tokens, write_files, write_model, write_tokens
 
 USER, ENVIRONMENT = 2, 3
 MAGNITUDE = dict(prune="magnitude")
@@ -45,7 +46,7 @@ def refused(files: Files, tmp_path: Path, case: Case, ranks: int = 2) -> str:
         assert trace not in ended.errors + ended.output, str(ended)
     for word in case.words:
         assert str(word) in ended.messages[0], f"{word!r} is not in: {ended.messages[0]}"
-    assert not (tmp_path / "out").exists() or not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert not (tmp_path / "out").exists()
     return ended.messages[0]
 
 
@@ -229,6 +230,37 @@ def test_data_of_another_vocabulary(files, tmp_path):
     file = write_tokens(tmp_path / "other.h5", [text_tokens(2000, 1)], files.model, vocabulary=300)
     for key in ("data__calibration", "data__train", "evaluate__tasks__text__data"):
         refused(files, tmp_path, Case([file, 300, 200], {key: file}))
+
+
+@pytest.mark.parametrize("key", ["data__calibration", "data__train", "evaluate__tasks__text__data"])
+def test_data_of_another_tokenizer_with_as_many_tokens(files, tmp_path, key):
+    other = write_model(tmp_path / "other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"w7"', '"v7"'))
+    file = write_tokens(tmp_path / "other.h5", [text_tokens(2000, 1)], other)
+    refused(files, tmp_path, Case([file, files.model / "tokenizer.json", "--tokenizer"], {key: file}))
+
+
+def test_data_of_another_tokenizer_for_a_derived_model(files, tmp_path):
+    """Its tokenizer is that of the checkpoint at its root."""
+    first = tmp_path / "first"
+    assert run(*settings(files, first, pipeline="[prune]", **MAGNITUDE)).code == 0
+    derived = dict(model__path=first / "01-prune" / "model", pipeline="[evaluate]")
+    file = write_tokens(tmp_path / "other.h5", [text_tokens(2000, 1)], files.model)
+    with h5py.File(file, "r+") as opened:
+        opened.attrs["tokenizer_checksum"] = np.bytes_("0" * 64)
+    refused(files, tmp_path, Case([file, files.model / "tokenizer.json"],
+                                  dict(evaluate__tasks__text__data=file, **derived)))
+    assert run(*settings(files, tmp_path / "second", **derived)).code == 0
+
+
+def test_data_that_do_not_say_their_tokenizer_are_used_with_a_warning(files, tmp_path):
+    file = write_tokens(tmp_path / "old.h5", [text_tokens(2000, 1)], files.model)
+    with h5py.File(file, "r+") as opened:
+        del opened.attrs["tokenizer_checksum"]
+    ended = run(*settings(files, tmp_path / "run", pipeline="[evaluate]", evaluate__tasks__text__data=file), ranks=2)
+    assert ended.code == 0, str(ended)
+    warnings = [line for line in ended.output.splitlines() if "does not say" in line]
+    assert len(warnings) == 1 and str(file) in warnings[0], str(ended)
 
 
 def test_an_empty_data_set(files, tmp_path):

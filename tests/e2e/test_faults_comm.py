@@ -69,6 +69,19 @@ def test_a_stopped_rank_ends_the_others_by_the_deadline_that_names_the_operation
     assert DEADLINE_SECONDS <= ended.seconds < DEADLINE_SECONDS + 7
 
 
+def test_a_rank_that_says_that_it_works_is_waited_for():
+    ended = Ended("work", 1)
+    assert (ended.code, ended.errors) == (0, "")
+    assert ended.seconds > 2 * DEADLINE_SECONDS
+
+
+def test_a_rank_that_works_in_silence_for_too_long_ends_the_others():
+    ended = Ended("dawdle", 1)
+    assert ended.code == 3
+    assert "cluster.timeout_seconds" in ended.messages[0]
+    assert ended.seconds < 2 * DEADLINE_SECONDS + 2
+
+
 def test_a_killed_rank_ends_the_job():
     ended = Ended("kill", 1)
     assert ended.code == 137

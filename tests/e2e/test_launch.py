@@ -94,6 +94,7 @@ def test_with_a_libtorch_of_ones_own_and_an_own_model_no_torch_is_asked_for(tmp_
     ("quickstart.sh", ["--text", "nowhere.txt"], "cannot be read"),
     ("quickstart.sh", ["wanda"], "is no override"),
     ("quickstart.sh", ["--colour"], "none of --model, --text, --ranks"),
+    ("make_example.sh", ["--all"], "is not --tests"),
     ("run.sh", ["-n", "2"], "launch/build.sh make it"),
     ("setup.sh", ["--everything"], "none of --own-model, --tests, --check")])
 def test_a_wrong_call_ends_in_one_line_before_any_work(tmp_path, name, arguments, message):

@@ -63,6 +63,19 @@ def test_every_output_is_the_same_bits_on_any_ranks_and_threads(on_one_rank, fil
         assert training == program.losses(directory / layout)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_hidden_states_on_disk_give_the_same_bits(files, tmp_path, method):
+    command = dict(pipeline="[prune,evaluate]", prune=method, prune__unit=5)
+    run_well(*settings(files, tmp_path / "memory", **command))
+    for layout, (ranks, threads) in {"1": (1, 1), **LAYOUTS}.items():
+        run_dir = tmp_path / layout
+        ended = run_well(*settings(files, run_dir, **command, cluster__threads_per_rank=threads,
+                                   cluster__memory_gib=0.001), ranks=ranks)
+        assert "hidden states spill to disk" in ended.output
+        assert differences(results(tmp_path / "memory"), results(run_dir)) == []
+        assert not [path for path in run_dir.rglob("*") if "hidden" in path.name]
+
+
 def test_another_seed_gives_other_masks(files, tmp_path):
     """So that the comparison above compares something."""
     masks = []
@@ -202,7 +215,12 @@ def test_other_tokens_under_the_same_path_make_their_stage_run_again(files, fini
             opened["tokens"][100:200] = 5
         run_well(*settings(files, finished))
         directory = stage_directory(finished, stage).name
-        assert manifest_times(finished)[directory] != before[directory]
+        after = manifest_times(finished)
+        assert after[directory] != before[directory]
+        # What neither reads them nor stands on what does is kept.
+        kept = {"calibration": [], "train": ["prune"], "held_out": ["prune", "retrain", "compress", "export"]}[name]
+        for other in (stage_directory(finished, one).name for one in kept):
+            assert after[other] == before[other], other
     finally:
         shutil.copy2(tmp_path / "kept.h5", file)
 
@@ -216,6 +234,24 @@ def test_an_export_to_a_directory_of_ones_own_is_made_again_when_it_is_lost(file
     shutil.rmtree(own)
     run_well(*command)
     assert (own / "model.safetensors").read_bytes() == expected
+
+
+def test_an_export_beside_other_files_answers_for_its_own_only(files, tmp_path):
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "notes.txt").write_text("mine" * 1000)
+    command = settings(files, tmp_path / "run", pipeline="[export]", export__directory=own)
+    run_well(*command, ranks=2)
+    directory = stage_directory(tmp_path / "run", "export")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    listed = {file["path"]: file["bytes"] for file in manifest["facts"]["elsewhere"]["files"]}
+    assert "notes.txt" not in listed and {"model.safetensors", "config.json", "tokenizer.json"} <= listed.keys()
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert (metrics["files"], metrics["bytes"]) == (len(listed), sum(listed.values()))
+    before = manifest_times(tmp_path / "run")
+    (own / "notes.txt").write_text("changed")
+    run_well(*command)
+    assert manifest_times(tmp_path / "run") == before
 
 
 def test_another_configuration_in_the_same_directory_is_refused_with_both_values(files, finished):
@@ -285,3 +321,9 @@ def test_a_sweep_makes_a_directory_for_each_job(files, tmp_path):
     assert len(jobs) == 2, list(tmp_path.rglob("*"))
     masks = [results(job)["01-prune/masks.h5"] for job in jobs]
     assert masks[0] != masks[1]
+    # Neither threads nor run.resume name a directory: the same sweep goes on in the same ones.
+    assert not [job for job in jobs if "threads" in str(job) or "timeout" in str(job)]
+    again = [word for word in arguments if not word.startswith("cluster.")]
+    ended = run_well("-m", *again, "prune=wanda,magnitude", "cluster.timeout_seconds=300", "run.resume=true",
+                     working_directory=tmp_path, timeout=60)
+    assert ended.output.count("done before, kept") == 4, str(ended)

@@ -3,6 +3,7 @@
 //   throw_busy   the same while another rank computes and never looks at its messages
 //   stop | kill  sends itself SIGSTOP | SIGKILL
 //   leave        returns from main early
+//   work         computes for twice the timeout and says so     dawdle   the same in silence
 //   none         nothing happens
 #include <fmt/format.h>
 #include <signal.h>
@@ -26,7 +27,14 @@ void fail(const Communicator& world) {
   throw espalier::UserError(fmt::format("rank {} met what it was told to meet", world.rank()));
 }
 
-void run(const Communicator& world, const std::string& what, int rank) {
+void work(const Communicator& world, double seconds, bool aloud) {
+  for (int tenth = 0; tenth < 10 * seconds; ++tenth) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    if (aloud) world.still_working();
+  }
+}
+
+void run(const Communicator& world, const std::string& what, int rank, double timeout) {
   std::vector<int64_t> values(200'000, 1);
   for (int round = 0; round < kRounds; ++round) {
     if (round == kFaultRound) {
@@ -38,6 +46,7 @@ void run(const Communicator& world, const std::string& what, int rank) {
         if (what == "stop") ::kill(::getpid(), SIGSTOP);
         if (what == "kill") ::kill(::getpid(), SIGKILL);
         if (what == "leave") return;
+        if (what == "work" || what == "dawdle") work(world, 2 * timeout, what == "work");
       }
     }
     world.all_reduce_sum(values);
@@ -51,7 +60,7 @@ int main(int argc, char** argv) {
   if (argc != 4) return espalier::kExitConfiguration;
   const auto world = Communicator::world(std::stod(argv[3]));
   try {
-    run(world, argv[1], std::stoi(argv[2]));
+    run(world, argv[1], std::stoi(argv[2]), std::stod(argv[3]));
     if (world.is_root()) fmt::print("{} of {} done\n", world.backend(), world.size());
   } catch (const espalier::Error& error) {
     world.abort(error.what(), error.exit_code());

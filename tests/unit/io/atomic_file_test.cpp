@@ -106,11 +106,21 @@ TEST(AtomicFile, ATargetThatIsADirectoryIsRefusedAtCommit) {
 
 TEST(RequireSpace, SaysHowMuchIsNeededAndHowMuchIsFree) {
   const TemporaryDirectory directory;
-  require_space(directory / "new", 1);
-  EXPECT_TRUE(fs::is_empty(directory / "new"));
+  require_space(directory.path(), 1);
   expect_contains(
       message_of<EnvironmentError>([&] { require_space(directory.path(), int64_t{1} << 60); }),
       {directory.path().string(), "1152921504606846976 bytes are needed"});
+}
+
+TEST(RequireSpace, LeavesNoDirectoryThatWasNotThere) {
+  const TemporaryDirectory directory;
+  fs::create_directories(directory / "there");
+  require_space(directory / "there/new/below/", 1);
+  require_space(directory / "other", 1);
+  EXPECT_TRUE(fs::is_empty(directory / "there"));
+  EXPECT_FALSE(fs::exists(directory / "other"));
+  EXPECT_THROW(require_space(directory / "other", int64_t{1} << 60), EnvironmentError);
+  EXPECT_FALSE(fs::exists(directory / "other"));
 }
 
 TEST(RemoveLeftovers, RemovesTemporaryFilesOnly) {
