@@ -2,7 +2,8 @@
 """Makes an HDF5 token set, which is what the engine reads, out of text, JSON, JSONL or GLUE TSV.
 
     prepare_data.py --tokenizer DIR --format text|instruction|choices|glue --input FILE...
-                    --output F.h5 [--task RTE] [--template NAME] [--raw] [--field NAME]
+                    --output F.h5 [--task RTE] [--length N] [--template NAME] [--raw]
+                    [--field NAME] [--shots K --shots-from FILE...]
 
 --tokenizer is a checkpoint directory (tokenizer.json, tokenizer_config.json, config.json).
 
@@ -11,19 +12,27 @@ text          one document a file, tokenised whole and without special tokens. O
 instruction   records with instruction, input (may be empty or absent) and output. The prompt is
               Alpaca's, the end token stands after the output; --raw joins instruction, input and
               output by a space and a line end instead. /loss_mask is 1 on the output and end token.
-choices       records with context, choices and answer (number from 0, letter, or the choice's text;
-              several contexts, one a choice, are allowed). Each choice is one row of /tokens, /choice_of
-              is its question, /loss_mask is 1 on its tokens, /labels is each question's answer.
+choices       questions with choices. Each choice is one row of /tokens, /choice_of is its question,
+              /loss_mask is 1 on its tokens, /labels is each question's answer. --template says how
+              a record reads and is asked:
+              arc, obqa, boolq, siqa, piqa, winogrande: instruction records ("... Answer1: ...
+                Answer2: ... Answer format: answer1/answer2") as lm-eval asks these tasks
+              rte: GLUE's RTE TSV as lm-eval asks it
+              plain (default), question ("Question: ...\\nAnswer:"): records with context, choices and
+                answer (number from 0, letter, or the choice's text; one context a choice is allowed)
+              --shots K --shots-from FILE...: the first K solved questions of FILE, other than the
+              question itself, stand before every question.
 glue          --task CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE or WNLI. One or two sentences
-              a row, joined as the tokenizer's own template joins them; /labels one a row.
+              a row, joined as the tokenizer's own template joins them; /labels one a row. --length N
+              cuts the longer sentence until the row has N tokens, as transformers does.
 
---template    instruction: alpaca (default) or plain; choices: plain (default) or question
-              ("Question: ... Answer:").
+--template    instruction: alpaca (default) or plain; choices: see there.
 
 The file:  /tokens int32 [n], /offsets int64 [rows + 1]; where the kind has them /labels int64 (STS-B
 float32), /loss_mask uint8 [n], /choice_of int64 [rows], and for classification /token_types uint8
 [n] and /characters int64 [rows] for choices. Attributes of the root: kind, tokenizer_checksum
-(SHA-256 of tokenizer.json), vocabulary_size, end_token (-1 when the tokenizer has none).
+(SHA-256 of tokenizer.json), vocabulary_size, end_token (-1 when the tokenizer has none); for glue
+task, classes (0: numbers) and label_names (one a line), for choices shots.
 """
 
 import argparse
@@ -38,6 +47,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from choice_questions import RECORD_TEMPLATES, Question, entailment_question, plain_question
+from glue_tasks import GLUE_TASKS, GlueTask, glue_label
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -121,6 +132,8 @@ class TokenSet:
     choice_of: list[int] | None = None
     characters: list[int] | None = None
     token_types: array | None = None
+    attributes: dict[str, str | int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # told at the end
 
     def add(self, tokens: Iterable[int]) -> None:
         self.tokens.extend(tokens)
@@ -281,74 +294,49 @@ def add_with_loss(result: TokenSet, prompt: list[int], scored: list[int], end: l
 
 
 # ------------------------------------------------------------------------------- choices
-def answer_number(answer: object, choices: list[str]) -> int:
-    """A number from 0, one of the letters A, B, ..., or the choice itself."""
-    if isinstance(answer, str) and answer in choices:
-        return choices.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer.isascii() and answer.isalpha():
-        answer = ord(answer.upper()) - ord("A")
-    if isinstance(answer, str) and answer.strip().isdecimal():
-        answer = int(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(f"answer {answer!r} names none of the {len(choices)} choices")
-    return answer
+def read_questions(files: list[Path], template: str, context_field: str,
+                   unreadable: Unreadable) -> Iterator[Question]:
+    for file in files:
+        if template == "rte":
+            for _, sentences, label in labelled_rows(file, GLUE_TASKS["RTE"], "RTE", unreadable):
+                yield entailment_question(*sentences, int(label))
+            continue
+        for place, record in progress(records(file, unreadable), file.name):
+            try:
+                if template in RECORD_TEMPLATES:
+                    yield RECORD_TEMPLATES[template](record)
+                else:
+                    form = "Question: {}\nAnswer:" if template == "question" else "{}"
+                    yield plain_question(record, context_field, form)
+            except ValueError as error:
+                unreadable.add(place, str(error))
 
 
 def read_choices(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable: Unreadable) -> TokenSet:
-    result = TokenSet(loss_mask=array("B"), choice_of=[], characters=[], labels=[])
-    question = "Question: {}\nAnswer:" if arguments.template == "question" else "{}"
-    context_field = arguments.field or "context"
-    for file in arguments.input:
-        for place, record in progress(records(file, unreadable), file.name):
-            try:
-                choices = record.get("choices")
-                if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-                    raise ValueError("'choices' is no list of two or more texts")
-                contexts = record.get(context_field)
-                if isinstance(contexts, str):
-                    contexts = [contexts] * len(choices)
-                if not isinstance(contexts, list) or len(contexts) != len(choices) or not all(
-                        isinstance(context, str) for context in contexts):
-                    raise ValueError(f"'{context_field}' is neither a text nor one text a choice")
-                answer = answer_number(record.get("answer"), choices)
-            except ValueError as error:
-                unreadable.add(place, str(error))
-                continue
-            number = len(result.labels)
-            result.labels.append(answer)
-            for context, choice in zip(contexts, choices):
-                prompt = question.format(context).rstrip(" ")
-                # The space between them is part of the continuation's first token.
-                continuation = choice.strip(" ") if prompt.endswith("\n") else " " + choice.strip(" ")
-                add_with_loss(result, *tokens_after(checkpoint, prompt, continuation), [])
-                result.choice_of.append(number)
-                result.characters.append(len(choice.strip(" ")))
+    result = TokenSet(loss_mask=array("B"), choice_of=[], characters=[], labels=[],
+                      attributes={"shots": arguments.shots})
+    form = arguments.template or "plain", arguments.field or "context"
+    # One more than asked for: a question is never its own example.
+    solved: list[str] = []
+    for question in read_questions(arguments.shots_from, *form, unreadable) if arguments.shots else ():
+        solved.append(question.solved())
+        if len(solved) > arguments.shots:
+            break
+    for question in read_questions(arguments.input, *form, unreadable):
+        examples = [text for text in solved if text != question.solved()][:arguments.shots]
+        if len(examples) < arguments.shots:
+            raise InputError(f"--shots {arguments.shots}: --shots-from has {len(examples)} questions other than the "
+                             f"one that is asked")
+        before = "".join(text + "\n\n" for text in examples)
+        for (context, continuation), text in zip(question.pairs(), question.continuations):
+            add_with_loss(result, *tokens_after(checkpoint, before + context, continuation), [])
+            result.choice_of.append(len(result.labels))
+            result.characters.append(len(text))
+        result.labels.append(question.answer)
     return result
 
 
 # ------------------------------------------------------------------------------- GLUE
-@dataclass(frozen=True)
-class GlueTask:
-    """Columns by name of the header line; CoLA's file has none, so there by position."""
-
-    sentences: tuple[str, ...]
-    label: str
-    classes: tuple[str, ...] | None  # None: a number (regression)
-
-
-GLUE_TASKS = {
-    "CoLA": GlueTask(("3",), "1", ("0", "1")),
-    "SST-2": GlueTask(("sentence",), "label", ("0", "1")),
-    "MRPC": GlueTask(("#1 String", "#2 String"), "Quality", ("0", "1")),
-    "QQP": GlueTask(("question1", "question2"), "is_duplicate", ("0", "1")),
-    "STS-B": GlueTask(("sentence1", "sentence2"), "score", None),
-    "MNLI": GlueTask(("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction")),
-    "QNLI": GlueTask(("question", "sentence"), "label", ("entailment", "not_entailment")),
-    "RTE": GlueTask(("sentence1", "sentence2"), "label", ("entailment", "not_entailment")),
-    "WNLI": GlueTask(("sentence1", "sentence2"), "label", ("0", "1")),
-}
-
-
 def glue_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     """(place, cells) of each line. The format knows no quoting, so no CSV reader: quotation marks are text."""
     for number, line in enumerate(read_text(file).split("\n"), start=1):
@@ -357,48 +345,50 @@ def glue_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
             yield f"{file}:{number}", line.split("\t")
 
 
+def labelled_rows(file: Path, task: GlueTask, name: str,
+                  unreadable: Unreadable) -> Iterator[tuple[str, list[str], float]]:
+    """(place, sentences, label) of every row of a task's file."""
+    rows = glue_rows(file)
+    columns: dict[str, int] = {str(position): position for position in range(4)}
+    if task.label != "1":
+        place, header = next(rows, (str(file), []))
+        columns = {column.strip(): position for position, column in enumerate(header)}
+        absent = [column for column in (*task.sentences, task.label) if column not in columns]
+        if absent:
+            raise InputError(f"{place}: the header has no column {', '.join(map(repr, absent))}; is this {name}, and "
+                             f"a part that has labels?")
+    for place, cells in progress(rows, file.name):
+        try:
+            yield place, [cells[columns[column]] for column in task.sentences], glue_label(cells, columns[task.label], task)
+        except IndexError:
+            unreadable.add(place, f"has {len(cells)} columns, fewer than its header asks")
+        except ValueError as error:
+            unreadable.add(place, str(error))
+
+
 def read_glue(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable: Unreadable) -> TokenSet:
-    by_name = {name.lower().replace("-", ""): task for name, task in GLUE_TASKS.items()}
-    task = by_name.get((arguments.task or "").lower().replace("-", ""))
-    if task is None:
+    names = {name.lower().replace("-", ""): name for name in GLUE_TASKS}
+    name = names.get((arguments.task or "").lower().replace("-", ""))
+    if name is None:
         raise InputError(f"--format glue takes --task, one of {', '.join(GLUE_TASKS)}; given: {arguments.task}")
-    result = TokenSet(labels=[], labels_are_numbers=task.classes is None, token_types=array("B"))
-    has_header = task.label != "1"
+    task = GLUE_TASKS[name]
+    result = TokenSet(labels=[], labels_are_numbers=task.classes is None, token_types=array("B"),
+                      attributes={"task": name, "classes": len(task.classes or ())})
+    if task.classes:
+        result.attributes["label_names"] = "\n".join(task.classes)
+    if arguments.length:
+        checkpoint.tokenizer.enable_truncation(arguments.length, strategy="longest_first")
+    cut = 0
     for file in arguments.input:
-        rows = glue_rows(file)
-        columns: dict[str, int] = {str(position): position for position in range(4)}
-        if has_header:
-            place, header = next(rows, (str(file), []))
-            columns = {name.strip(): position for position, name in enumerate(header)}
-            absent = [name for name in (*task.sentences, task.label) if name not in columns]
-            if absent:
-                raise InputError(f"{place}: the header has no column {', '.join(map(repr, absent))}; is this "
-                                 f"{arguments.task}, and a part that has labels?")
-        for place, cells in progress(rows, file.name):
-            try:
-                label = glue_label(cells, columns[task.label], task)
-                sentences = [cells[columns[name]] for name in task.sentences]
-            except IndexError:
-                unreadable.add(place, f"has {len(cells)} columns, fewer than its header asks")
-                continue
-            except ValueError as error:
-                unreadable.add(place, str(error))
-                continue
+        for _, sentences, label in labelled_rows(file, task, name, unreadable):
             encoding = checkpoint.tokenizer.encode(*sentences, add_special_tokens=True)
+            cut += bool(encoding.overflowing)
             result.add(encoding.ids)
             result.token_types.extend(encoding.type_ids)
             result.labels.append(label)
+    if cut:
+        result.notes.append(f"{cut} rows cut to {arguments.length} tokens")
     return result
-
-
-def glue_label(cells: list[str], column: int, task: GlueTask) -> float:
-    # The label's column may be the last one: a cut line must not be read as an unknown label.
-    text = cells[column].strip()
-    if task.classes is None:
-        return float(text)
-    if text not in task.classes:
-        raise ValueError(f"label {text!r} is none of {', '.join(task.classes)}")
-    return task.classes.index(text)
 
 
 # ------------------------------------------------------------------------------- the file
@@ -418,6 +408,8 @@ def write(result: TokenSet, kind: str, checkpoint: Checkpoint, target: Path) -> 
             file.attrs["tokenizer_checksum"] = np.bytes_(checkpoint.checksum)
             file.attrs["vocabulary_size"] = np.int64(checkpoint.vocabulary_size)
             file.attrs["end_token"] = np.int64(-1 if checkpoint.end_token is None else checkpoint.end_token)
+            for name, value in result.attributes.items():
+                file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
         with open(scratch, "rb") as written:
             os.fsync(written.fileno())
         scratch.rename(target)
@@ -431,7 +423,10 @@ FORMATS: dict[str, Callable[[argparse.Namespace, Checkpoint, Unreadable], TokenS
     "choices": read_choices,
     "glue": read_glue,
 }
-TEMPLATES = {"text": (), "instruction": ("alpaca", "plain"), "choices": ("plain", "question"), "glue": ()}
+TEMPLATES = {"text": (), "instruction": ("alpaca", "plain"), "choices": ("plain", "question", *RECORD_TEMPLATES, "rte"),
+             "glue": ()}
+# Options that one format reads alone: given to another they would be without effect.
+OPTIONS = {"task": "glue", "length": "glue", "raw": "instruction", "shots": "choices", "shots_from": "choices"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -444,7 +439,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--template", metavar="NAME")
     parser.add_argument("--raw", action="store_true")
     parser.add_argument("--field", metavar="NAME")
+    parser.add_argument("--length", type=int, metavar="N")
+    parser.add_argument("--shots", type=int, default=0, metavar="K")
+    parser.add_argument("--shots-from", type=Path, nargs="+", metavar="FILE")
     arguments = parser.parse_args()
+    for option, owner in OPTIONS.items():
+        if getattr(arguments, option) and arguments.format != owner:
+            parser.error(f"--{option.replace('_', '-')} is read by --format {owner}, not by {arguments.format}")
+    if bool(arguments.shots) != bool(arguments.shots_from) or arguments.shots < 0:
+        parser.error("--shots K (above 0) and --shots-from FILE go together")
+    if arguments.length is not None and arguments.length < 8:
+        parser.error(f"--length {arguments.length}: at least 8 tokens a row")
     if arguments.template and arguments.template not in TEMPLATES[arguments.format]:
         legal = ", ".join(TEMPLATES[arguments.format]) or "none"
         parser.error(f"--template {arguments.template}: --format {arguments.format} knows {legal}")
@@ -466,6 +471,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"espalier: {error.filename or arguments.output}: {error.strerror}")
     print(f"{arguments.output}: {len(result.offsets) - 1} rows, {len(result.tokens)} tokens"
+          + "".join(f", {note}" for note in result.notes)
           + (f", {len(unreadable.places)} records not read" if unreadable.places else ""))
 
 

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 import report_pictures as pictures
 
-METRICS = ["perplexity", "accuracy", "acc", "acc_norm", "matthews", "f1", "pearson", "spearman"]
+METRICS = ["perplexity", "accuracy", "matthews", "f1", "pearson", "spearman"]
 NOTHING = "–"
 
 
@@ -175,7 +175,8 @@ def task_metrics(run: Run) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for stage in run.stages:
         for task, values in stage.tasks.items():
-            metric = next((name for name in METRICS if number(values.get(name)) is not None), None)
+            named = values.get("reported") if isinstance(values.get("reported"), list) else []
+            metric = next((name for name in [*named, *METRICS] if number(values.get(str(name))) is not None), None)
             if metric and task not in found:
                 found[task] = metric
     return list(found.items())

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -53,40 +54,74 @@ int64_t Permutation::operator()(int64_t index) const {
   return static_cast<int64_t>(value);
 }
 
+int64_t HeldOut::count(int64_t sequences) const {
+  if (share <= 0) return 0;
+  if (share >= 1) return sequences;
+  const auto wanted = static_cast<int64_t>(std::llround(share * static_cast<double>(sequences)));
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, sequences - 1));
+}
+
+int64_t example_at(HeldOut part, uint64_t seed, int64_t index, int64_t examples) {
+  const int64_t held = part.count(examples);
+  if (part.held && held == examples) return index;
+  int64_t place = index;  // in the order that holds out the first `held`
+  if (!part.held) {
+    const int64_t rest = examples - held;
+    const Permutation order(seed, "train.epoch", static_cast<uint64_t>(index / rest), rest);
+    place = held + order(index % rest);
+  }
+  return held == 0 ? place : Permutation(seed, "train.held", 0, examples)(place);
+}
+
 TrainingSampler::TrainingSampler(TokenSet set, uint64_t seed, int64_t sequence_length,
-                                 bool train_on_prompt)
+                                 bool train_on_prompt, HeldOut part)
     : set_(std::move(set)),
+      part_(part),
       seed_(seed),
       sequence_length_(sequence_length),
       instructions_(set_.kind() == "instruction"),
       train_on_prompt_(train_on_prompt) {
   if (!instructions_) {
     set_.require_stream(sequence_length);
-    return;
+  } else {
+    for (int64_t d = 0; d < set_.documents(); ++d)
+      if (set_.document_tokens(d) < 2)
+        throw UserError(
+            fmt::format("{}: example {} has {} tokens; an instruction needs two or more",
+                        set_.path().string(), d, set_.document_tokens(d)));
   }
-  for (int64_t d = 0; d < set_.documents(); ++d)
-    if (set_.document_tokens(d) < 2)
-      throw UserError(fmt::format("{}: example {} has {} tokens; an instruction needs two or more",
-                                  set_.path().string(), d, set_.document_tokens(d)));
+  const int64_t all = instructions_ ? set_.documents() : set_.stream_tokens() / sequence_length_;
+  if (part.share > 0 && part.share < 1 && all < 2)
+    throw UserError(
+        fmt::format("{}: {} sequence of {} tokens cannot be shared between training "
+                    "and validation; give more text or a shorter sequence_length",
+                    set_.path().string(), all, sequence_length));
 }
 
 int64_t TrainingSampler::epoch_sequences() const {
-  return instructions_ ? set_.documents() : set_.stream_tokens() / sequence_length_;
+  const int64_t all = instructions_ ? set_.documents() : set_.stream_tokens() / sequence_length_;
+  return part_.held ? part_.count(all) : all - part_.count(all);
+}
+
+/// Windows held out are the last ones of the stream, one behind the other; training draws its own
+/// from what stands before them.
+TrainingSampler::Row TrainingSampler::window(int64_t sequence) const {
+  const int64_t held = part_.count(set_.stream_tokens() / sequence_length_);
+  const int64_t rest = set_.stream_tokens() - held * sequence_length_;
+  int64_t begin = rest + sequence * sequence_length_;
+  if (part_.held && part_.share >= 1) begin = sequence * sequence_length_;
+  if (!part_.held) {
+    const CounterRandom random(seed_, "train.window", static_cast<uint64_t>(sequence));
+    begin = static_cast<int64_t>(random.below(0, rest - sequence_length_ + 1));
+  }
+  return {set_.stream(begin, sequence_length_),
+          train_on_prompt_ ? at::ones({sequence_length_}, at::kBool)
+                           : set_.stream_loss_mask(begin, sequence_length_)};
 }
 
 TrainingSampler::Row TrainingSampler::row(int64_t sequence) const {
-  if (!instructions_) {
-    const CounterRandom random(seed_, "train.window", static_cast<uint64_t>(sequence));
-    const auto begin =
-        static_cast<int64_t>(random.below(0, set_.stream_tokens() - sequence_length_ + 1));
-    return {set_.stream(begin, sequence_length_),
-            train_on_prompt_ ? at::ones({sequence_length_}, at::kBool)
-                             : set_.stream_loss_mask(begin, sequence_length_)};
-  }
-  const int64_t examples = set_.documents();
-  const Permutation order(seed_, "train.epoch", static_cast<uint64_t>(sequence / examples),
-                          examples);
-  const int64_t document = order(sequence % examples);
+  if (!instructions_) return window(sequence);
+  const int64_t document = example_at(part_, seed_, sequence, set_.documents());
   const int64_t length = std::min(sequence_length_, set_.document_tokens(document));
   return {set_.document(document, 0, length),
           train_on_prompt_ ? at::ones({length}, at::kBool) : set_.loss_mask(document, 0, length)};

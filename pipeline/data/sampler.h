@@ -47,15 +47,30 @@ struct Batch {
   int64_t counted = 0;  ///< labels that count
 };
 
+/// Which of a set's sequences: `share` of them are held out, the same ones for a seed. Of
+/// examples, a random choice; of a stream, its end.
+struct HeldOut {
+  double share = 0;
+  bool held = false;  ///< those held out, each once in a fixed order; otherwise the rest
+
+  /// At least one, and not all, unless share is 0 or 1.
+  int64_t count(int64_t sequences) const;
+};
+/// The number of the example that is `index`th of the part, among `examples`. A new order every
+/// epoch where training sees them.
+int64_t example_at(HeldOut part, uint64_t seed, int64_t index, int64_t examples);
+
 /// The sequences that training sees, by their running number from the first step on.
 class TrainingSampler {
  public:
   /// Instruction sets give one example a row, cut at sequence_length, in a new order every epoch;
   /// any other kind is read as a stream of windows at counter-random starts. `train_on_prompt`
   /// ignores the loss mask. Throws UserError when the set cannot give a row of two tokens.
-  TrainingSampler(TokenSet set, uint64_t seed, int64_t sequence_length, bool train_on_prompt);
+  TrainingSampler(TokenSet set, uint64_t seed, int64_t sequence_length, bool train_on_prompt,
+                  HeldOut part = {});
 
-  /// Sequences of an epoch: the examples, or the stream cut into windows once.
+  /// Sequences of an epoch: the examples, or the stream cut into windows once. All of those held
+  /// out.
   int64_t epoch_sequences() const;
   /// Sequences [first, first + count) as one batch, right-padded to the longest (padding counts
   /// nothing and, under causal attention, changes nothing).
@@ -66,8 +81,10 @@ class TrainingSampler {
     at::Tensor tokens, counts;  // int64 [length], bool [length]
   };
   Row row(int64_t sequence) const;
+  Row window(int64_t sequence) const;
 
   TokenSet set_;
+  HeldOut part_;
   uint64_t seed_;
   int64_t sequence_length_;
   bool instructions_, train_on_prompt_;

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <mutex>
 #include <vector>
@@ -17,6 +18,7 @@ namespace espalier::data {
 namespace {
 
 constexpr int64_t kPiece = int64_t{1} << 22;  // elements read at a time when the whole file is read
+constexpr int64_t kMostClasses = 100000;
 constexpr int64_t kKeptTokens = int64_t{1} << 24;  // a set up to this size stays in memory
 
 [[noreturn]] void fail(const std::filesystem::path& file, const std::string& message) {
@@ -47,10 +49,15 @@ struct TokenSet::State {
   io::Hdf5Reader reader;
   std::string kind, tokenizer_checksum, checksum;
   int64_t vocabulary_size = 0, end_token = 0, tokens = 0;
-  bool has_loss_mask = false;
+  bool has_loss_mask = false, has_token_types = false;
   std::vector<int64_t> offsets;
-  at::Tensor kept_tokens, kept_mask;  // the whole datasets when the set is small
-  mutable std::mutex reading;         // HDF5 is not for several threads, workers are
+  at::Tensor kept_tokens, kept_mask, kept_types;  // the whole datasets when the set is small
+  std::string task;
+  int64_t classes = 0, shots = 0;
+  std::vector<std::string> label_names;
+  std::vector<double> labels;
+  std::vector<int64_t> first_choices, characters;  // [questions + 1], [documents]
+  mutable std::mutex reading;                      // HDF5 is not for several threads, workers are
 
   int64_t documents() const { return static_cast<int64_t>(offsets.size()) - 1; }
   int64_t separators() const { return documents() > 1 && end_token >= 0 ? 1 : 0; }
@@ -60,7 +67,10 @@ struct TokenSet::State {
   void read_attributes();
   void read_offsets();
   void check_tokens();
-  void check_loss_mask();
+  at::Tensor check_flags(const std::string& dataset);
+  void read_labels(int64_t expected);
+  void read_task();
+  void read_choices();
   at::Tensor tokens_at(int64_t begin, int64_t count) const {
     if (kept_tokens.defined()) return kept_tokens.narrow(0, begin, count);
     const std::lock_guard lock(reading);
@@ -124,16 +134,93 @@ void TokenSet::State::check_tokens() {
   if (tokens <= kKeptTokens) kept_tokens = reader.read("/tokens", at::kInt).contiguous();
 }
 
-void TokenSet::State::check_loss_mask() {
-  has_loss_mask = reader.has("/loss_mask");
-  if (!has_loss_mask) return;
-  const int64_t length = vector_length(reader, path, "/loss_mask");
+/// A dataset of one byte a token: its length and its part of the checksum. Returns the whole of it
+/// when the set is small enough to stay in memory.
+at::Tensor TokenSet::State::check_flags(const std::string& dataset) {
+  const int64_t length = vector_length(reader, path, dataset);
   if (length != tokens)
-    fail(path, fmt::format("/loss_mask has {} entries for {} tokens", length, tokens));
-  for (int64_t begin = 0; begin < tokens; begin += kPiece)
-    checksum += bytes_checksum(
-        reader.read("/loss_mask", at::kByte, begin, std::min(kPiece, tokens - begin)).contiguous());
-  if (tokens <= kKeptTokens) kept_mask = reader.read("/loss_mask", at::kByte).contiguous();
+    fail(path, fmt::format("{} has {} entries for {} tokens", dataset, length, tokens));
+  for (int64_t begin = 0; begin < tokens; begin += kPiece) {
+    const at::Tensor piece =
+        reader.read(dataset, at::kByte, begin, std::min(kPiece, tokens - begin)).contiguous();
+    if (piece.max().item<int64_t>() > 1)
+      fail(path,
+           fmt::format("{} holds {}; 0 and 1 are read", dataset, piece.max().item<int64_t>()));
+    checksum += bytes_checksum(piece);
+  }
+  return tokens <= kKeptTokens ? reader.read(dataset, at::kByte).contiguous() : at::Tensor();
+}
+
+/// /labels, classes unless `classes` is 0.
+void TokenSet::State::read_labels(int64_t expected) {
+  const int64_t length = vector_length(reader, path, "/labels");
+  if (length != expected)
+    fail(path, fmt::format("/labels has {} entries for {} rows", length, expected));
+  const bool numbers = kind == "glue" && classes == 0;
+  const at::Tensor values = reader.read("/labels", numbers ? at::kFloat : at::kLong).contiguous();
+  checksum += bytes_checksum(values);
+  const at::Tensor wide = values.to(at::kDouble);
+  labels.assign(wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + wide.numel());
+}
+
+void TokenSet::State::read_task() {
+  for (const char* name : {"task", "classes"})
+    if (!reader.has_attribute("/", name)) fail(path, fmt::format("attribute {} is missing", name));
+  task = reader.text_attribute("/", "task");
+  classes = reader.integer_attribute("/", "classes");
+  if (classes < 0 || classes == 1 || classes > kMostClasses)
+    fail(path,
+         fmt::format("classes is {}; 0 (numbers) or 2 to {} are read", classes, kMostClasses));
+  std::string names;
+  if (reader.has_attribute("/", "label_names")) names = reader.text_attribute("/", "label_names");
+  for (size_t begin = 0; begin < names.size();) {
+    const size_t end = std::min(names.find('\n', begin), names.size());
+    label_names.push_back(names.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  if (static_cast<int64_t>(label_names.size()) != classes)
+    fail(path, fmt::format("label_names has {} lines for {} classes", label_names.size(), classes));
+  read_labels(documents());
+  for (size_t d = 0; d < labels.size(); ++d)
+    if (classes == 0 ? !std::isfinite(labels[d])
+                     : labels[d] < 0 || labels[d] >= static_cast<double>(classes))
+      fail(path, fmt::format("label {} is {}; the task has {} classes", d, labels[d], classes));
+  has_token_types = reader.has("/token_types");
+  if (has_token_types) kept_types = check_flags("/token_types");
+}
+
+void TokenSet::State::read_choices() {
+  const auto integers = [&](const char* dataset) {
+    const int64_t length = vector_length(reader, path, dataset);
+    if (length != documents())
+      fail(path, fmt::format("{} has {} entries for {} rows", dataset, length, documents()));
+    const at::Tensor values = reader.read(dataset, at::kLong).contiguous();
+    checksum += bytes_checksum(values);
+    const int64_t* data = values.const_data_ptr<int64_t>();
+    return std::vector<int64_t>(data, data + values.numel());
+  };
+  if (!has_loss_mask) fail(path, "there is no dataset /loss_mask");
+  const std::vector<int64_t> choice_of = integers("/choice_of");
+  for (int64_t row = 0; row < documents(); ++row) {
+    const auto question = static_cast<int64_t>(first_choices.size()) - 1;
+    if (choice_of[row] == question + 1)
+      first_choices.push_back(row);
+    else if (row == 0 || choice_of[row] != question)
+      fail(path, fmt::format("choice_of[{}] is {} after {}; questions ascend by one from 0", row,
+                             choice_of[row], question));
+  }
+  first_choices.push_back(documents());
+  characters = integers("/characters");
+  for (int64_t row = 0; row < documents(); ++row)
+    if (characters[row] < 1)
+      fail(path, fmt::format("characters[{}] is {}, not positive", row, characters[row]));
+  const auto questions = static_cast<int64_t>(first_choices.size()) - 1;
+  read_labels(questions);
+  for (int64_t q = 0; q < questions; ++q)
+    if (labels[q] < 0 || labels[q] >= static_cast<double>(first_choices[q + 1] - first_choices[q]))
+      fail(path, fmt::format("label {} is {}; the question has {} choices", q, labels[q],
+                             first_choices[q + 1] - first_choices[q]));
+  if (reader.has_attribute("/", "shots")) shots = reader.integer_attribute("/", "shots");
 }
 
 at::Tensor TokenSet::State::gather_stream(int64_t begin, int64_t count, at::ScalarType type,
@@ -171,7 +258,10 @@ TokenSet TokenSet::open(const std::filesystem::path& file) {
   state->read_attributes();
   state->read_offsets();
   state->check_tokens();
-  state->check_loss_mask();
+  state->has_loss_mask = state->reader.has("/loss_mask");
+  if (state->has_loss_mask) state->kept_mask = state->check_flags("/loss_mask");
+  if (state->kind == "glue") state->read_task();
+  if (state->kind == "choices") state->read_choices();
   state->checksum = io::checksum(state->checksum);
   TokenSet set;
   set.state_ = std::move(state);
@@ -189,6 +279,29 @@ bool TokenSet::has_loss_mask() const { return state_->has_loss_mask; }
 
 int64_t TokenSet::document_tokens(int64_t document) const {
   return state_->offsets.at(document + 1) - state_->offsets.at(document);
+}
+
+bool TokenSet::is_classification() const { return kind() == "glue"; }
+const std::string& TokenSet::task() const { return state_->task; }
+int64_t TokenSet::classes() const { return state_->classes; }
+const std::vector<std::string>& TokenSet::label_names() const { return state_->label_names; }
+double TokenSet::label(int64_t index) const { return state_->labels.at(index); }
+bool TokenSet::has_token_types() const { return state_->has_token_types; }
+int64_t TokenSet::questions() const {
+  return std::max<int64_t>(0, static_cast<int64_t>(state_->first_choices.size()) - 1);
+}
+int64_t TokenSet::first_choice(int64_t question) const {
+  return state_->first_choices.at(question);
+}
+int64_t TokenSet::characters(int64_t document) const { return state_->characters.at(document); }
+int64_t TokenSet::shots() const { return state_->shots; }
+
+at::Tensor TokenSet::token_types(int64_t document, int64_t begin, int64_t count) const {
+  if (!state_->has_token_types) return at::zeros({count}, at::kLong);
+  const int64_t first = state_->offsets.at(document) + begin;
+  if (state_->kept_types.defined()) return state_->kept_types.narrow(0, first, count).to(at::kLong);
+  const std::lock_guard lock(state_->reading);
+  return state_->reader.read("/token_types", at::kByte, first, count).to(at::kLong);
 }
 
 at::Tensor TokenSet::document(int64_t document, int64_t begin, int64_t count) const {

@@ -13,11 +13,20 @@ namespace {
 
 using nlohmann::json;
 
-std::string perplexities(const json& metrics) {
+/// The leading metric of every task: perplexity alone is not named.
+std::string measured(const json& metrics) {
   std::string text;
   const json tasks = metrics.value("tasks", json::object());
-  for (const auto& [name, task] : tasks.items())
-    text += fmt::format("{}{:.3f}", text.empty() ? "" : " ", task.value("perplexity", 0.0));
+  for (const auto& [name, task] : tasks.items()) {
+    const json reported = task.value("reported", json::array());
+    if (!reported.is_array() || reported.empty() || !reported[0].is_string()) continue;
+    const std::string metric = reported[0];
+    const auto value = task.find(metric);
+    if (value == task.end() || !value->is_number()) continue;  // null: NaN, a constant prediction
+    text += fmt::format("{}{}{:.{}f}", text.empty() ? "" : " ",
+                        metric == "perplexity" ? "" : metric + " ", value->get<double>(),
+                        metric == "perplexity" ? 3 : 4);
+  }
   return text;
 }
 
@@ -37,7 +46,7 @@ std::string fact(const json& metrics) {
 }  // namespace
 
 void print_table(const std::filesystem::path& run_directory, const std::vector<Entry>& entries) {
-  fmt::print("\n{:<16}{:>12}  {:<28}{:>10}{:>12}\n", "stage", "perplexity", "", "seconds",
+  fmt::print("\n{:<16}{:>12}  {:<28}{:>10}{:>12}\n", "stage", "measured", "", "seconds",
              "peak MiB");
   for (const auto& entry : entries) {
     const auto directory = run_directory / entry.directory;
@@ -47,7 +56,7 @@ void print_table(const std::filesystem::path& run_directory, const std::vector<E
     if (!metrics.is_object()) continue;
     const auto& peaks = manifest->peak_resident_bytes;
     const int64_t peak = peaks.empty() ? 0 : *std::max_element(peaks.begin(), peaks.end());
-    fmt::print("{:<16}{:>12}  {:<28}{:>10.1f}{:>12}\n", entry.directory, perplexities(metrics),
+    fmt::print("{:<16}{:>12}  {:<28}{:>10.1f}{:>12}\n", entry.directory, measured(metrics),
                fact(metrics), manifest->seconds, peak >> 20);
   }
   fmt::print("\nresults lie in {}\n", run_directory.string());

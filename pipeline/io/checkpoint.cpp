@@ -334,8 +334,14 @@ at::Tensor Checkpoint::view(const std::string& name) const {
 void Checkpoint::drop(const std::string& name) const { state_->place(name).file.drop(name); }
 
 std::string Checkpoint::tensors_checksum() const {
+  return tensors_checksum([](const std::string&) { return true; });
+}
+
+std::string Checkpoint::tensors_checksum(
+    const std::function<bool(const std::string&)>& included) const {
   std::string list;
   for (const auto& [name, place] : state_->places) {
+    if (!included(name)) continue;
     list += describe(name, *place.info) + checksum_cache().of(name, place);
   }
   return checksum(list);
@@ -369,6 +375,14 @@ void Checkpoint::verify_base() const {
                     (state_->directory / kDerivedFile).string(), base.directory().string(), found,
                     state_->base_checksum));
   }
+}
+
+Checkpoint Checkpoint::without(const std::function<bool(const std::string&)>& left_out) const {
+  const auto part = std::make_shared<State>(*state_);
+  std::erase_if(part->places, [&](const auto& entry) { return left_out(entry.first); });
+  Checkpoint rest;
+  rest.state_ = part;
+  return rest;
 }
 
 int64_t Checkpoint::bytes() const {

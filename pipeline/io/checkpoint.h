@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -55,6 +56,8 @@ class Checkpoint {
   void verify_base() const;
   /// Total bytes of the tensors.
   int64_t bytes() const;
+  /// The same model less the tensors whose name `left_out` accepts.
+  Checkpoint without(const std::function<bool(const std::string&)>& left_out) const;
 
  private:
   struct State;

@@ -21,7 +21,7 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType out_
 void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
 /// y[tokens, out] = x[tokens, in] weight[out, in]^T + bias[out]; in x's type. Differentiable in x
-/// (weights are frozen).
+/// and bias (weights are frozen).
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias = {});
 

@@ -79,6 +79,13 @@ ArchitectureRegistration::ArchitectureRegistration(const std::string& model_type
   readers()[model_type] = reader;
 }
 
+bool knows_architecture(const io::Checkpoint& checkpoint) {
+  if (!std::filesystem::exists(checkpoint.root() / "config.json")) return false;
+  const auto& config = checkpoint.config();
+  const auto type = config.find("model_type");
+  return type != config.end() && type->is_string() && readers().contains(type->get<std::string>());
+}
+
 Architecture read_architecture(const io::Checkpoint& checkpoint) {
   const auto& config = checkpoint.config();
   const std::string where = (checkpoint.root() / "config.json").string();
@@ -92,6 +99,8 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   }
   Architecture architecture = found->second(config, checkpoint);
   architecture.model_type = type;
+  // A decoder with a classification head in the place of its output embedding (sequence_head.h).
+  if (!checkpoint.has(architecture.head) && checkpoint.has("score.weight")) architecture.head = "";
   require_tensors(architecture, checkpoint);
   return architecture;
 }

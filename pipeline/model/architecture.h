@@ -76,6 +76,9 @@ struct Architecture {
   std::string bias_name(int64_t block, const Linear& linear) const;
 };
 
+/// Whether the root's config.json names a family that is registered. Never throws for other models.
+bool knows_architecture(const io::Checkpoint& checkpoint);
+
 /// Reads config.json by its model_type and checks that the checkpoint holds every tensor the
 /// architecture names, in its shape. Throws UserError naming directory, tensor and both shapes, or
 /// the architectures there are.

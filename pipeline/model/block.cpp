@@ -54,11 +54,18 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
                                                  torch::autograd::variable_list gradients) {
     const auto saved = context->get_saved_variables();
     const at::Tensor dy = gradients[0].contiguous();
-    at::Tensor dx = at::empty_like(saved[0]);
-    kernels::rms_norm_backward(storage_of(dx), saved[0].const_data_ptr(), saved[1].const_data_ptr(),
-                               dy.const_data_ptr(), saved[2].const_data_ptr<float>(), dx.size(0),
-                               dx.size(1), dx.data_ptr());
-    return {dx, {}, {}};
+    at::Tensor dx, dweight;
+    if (context->needs_input_grad(0)) {
+      dx = at::empty_like(saved[0]);
+      kernels::rms_norm_backward(
+          storage_of(dx), saved[0].const_data_ptr(), saved[1].const_data_ptr(), dy.const_data_ptr(),
+          saved[2].const_data_ptr<float>(), dx.size(0), dx.size(1), dx.data_ptr());
+    }
+    if (context->needs_input_grad(1)) {
+      const at::Tensor normed = saved[0].to(at::kFloat) * saved[2].unsqueeze(1);
+      dweight = (normed * dy.to(at::kFloat)).sum(0).to(saved[1].scalar_type());
+    }
+    return {dx, dweight, {}};
   }
 };
 
@@ -110,8 +117,10 @@ at::Tensor activate(Activation activation, const at::Tensor& x) {
 at::Tensor apply_linear(const Architecture& a, const BlockWeights& block, Role role,
                         const at::Tensor& x, const LinearHook& linear) {
   const at::Tensor& bias = block.bias[role];
-  return linear(*a.find(role), x, block.weight[role],
-                bias.defined() ? std::optional(bias) : std::nullopt);
+  const at::Tensor y = linear(*a.find(role), x, block.weight[role],
+                              bias.defined() ? std::optional(bias) : std::nullopt);
+  const bool more = y.defined() && !block.added.empty() && block.added[role];
+  return more ? add_terms(*block.added[role], x, y) : y;
 }
 
 at::Tensor feed_forward(const Architecture& a, const BlockWeights& block, const at::Tensor& x,
@@ -145,11 +154,15 @@ at::Tensor self_attention(const Architecture& a, const BlockWeights& block, cons
 BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& a, int64_t index,
                         at::ScalarType dtype, const at::Device& device) {
   BlockWeights block{std::vector<at::Tensor>(kRoles), std::vector<at::Tensor>(kRoles), {}, {}};
+  block.added.resize(kRoles);
   for (const auto& linear : a.linears) {
     block.weight[linear.role] =
         load_tensor(checkpoint, a.weight_name(index, linear), dtype, device);
     if (linear.bias)
       block.bias[linear.role] = load_tensor(checkpoint, a.bias_name(index, linear), dtype, device);
+    if (const auto terms =
+            load_terms(checkpoint, a.weight_name(index, linear), linear.out, linear.in))
+      block.added[linear.role] = prepared_terms(*terms, dtype);
   }
   const std::string prefix = a.tensor_name(index, "");
   block.attention_norm = load_norm(checkpoint, a.attention_norm, prefix, dtype, device);
@@ -201,7 +214,8 @@ at::Tensor apply_norm(const Architecture& a, const NormWeights& norm, const at::
     return (wide * at::rsqrt(wide.square().mean(1, true) + a.norm_epsilon)).to(x.scalar_type()) *
            norm.weight;
   }
-  if (x.requires_grad()) return RmsNorm::apply(x, norm.weight, a.norm_epsilon);
+  if (x.requires_grad() || norm.weight.requires_grad())
+    return RmsNorm::apply(x, norm.weight, a.norm_epsilon);
   at::Tensor y = at::empty_like(x);
   kernels::rms_norm(storage_of(x), x.const_data_ptr(), norm.weight.const_data_ptr(), x.size(0),
                     x.size(1), static_cast<float>(a.norm_epsilon), y.data_ptr(), nullptr);
@@ -251,7 +265,9 @@ at::Tensor embed(const Architecture& a, const Ends& ends, const at::Tensor& toke
                                   unit.length, a.max_positions));
     x = x + ends.position_embedding.narrow(0, 0, unit.length).repeat({unit.sequences, 1});
   }
-  if (ends.type_embedding.defined()) x = x + ends.type_embedding[0];
+  if (ends.type_embedding.defined())
+    x = x + (unit.token_types.defined() ? ends.type_embedding.index_select(0, unit.token_types)
+                                        : ends.type_embedding[0]);
   return ends.embedding_norm.weight.defined() ? apply_norm(a, ends.embedding_norm, x) : x;
 }
 

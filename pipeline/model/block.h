@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/model/added_terms.h"
 #include "pipeline/model/architecture.h"
 
 namespace espalier::model {
@@ -21,6 +22,9 @@ struct NormWeights {
 struct BlockWeights {
   std::vector<at::Tensor> weight, bias;  ///< [kRoles]
   NormWeights attention_norm, feed_forward_norm;
+  /// [kRoles], prepared: what an adapter left beside a matrix. Added behind the hook, whatever it
+  /// does.
+  std::vector<std::optional<AddedTerms>> added = {};
 };
 
 /// Copies block `index` out of the checkpoint, converted to `dtype` on `device`, and drops its
@@ -31,7 +35,8 @@ BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& ar
 /// Where sequences stand in the rows of a unit: `sequences` of equal `length`, one after another.
 struct UnitShape {
   int64_t sequences = 1, length = 0;
-  at::Tensor visible;  ///< int64 [sequences]: tokens before the padding; undefined: all
+  at::Tensor visible;           ///< int64 [sequences]: tokens before the padding; undefined: all
+  at::Tensor token_types = {};  ///< int64 [sequences * length], BERT's segments; undefined: all 0
 };
 
 /// cos and sin of the rotary angles, float32 [length, rotated/2]; undefined without rotation.
@@ -51,12 +56,13 @@ using LinearHook =
 LinearHook plain_linear();
 
 /// hidden_states [tokens, hidden] through one block; a new tensor. Differentiable in hidden_states
-/// and in whatever the hook brings in; the block's own weights are frozen.
+/// and in whatever the hook brings in, in the norms and in biases that ask for it; the block's
+/// matrices are frozen.
 at::Tensor block_forward(const Architecture& architecture, const BlockWeights& block,
                          const at::Tensor& hidden_states, const UnitShape& unit,
                          const RotaryTable& rotary, const LinearHook& linear);
 
-/// y = norm(x) of the architecture's kind. Differentiable in x.
+/// y = norm(x) of the architecture's kind. Differentiable in x, weight and bias.
 at::Tensor apply_norm(const Architecture& architecture, const NormWeights& norm,
                       const at::Tensor& x);
 

@@ -52,7 +52,7 @@ void for_each_chunk(const at::Tensor& rows, const at::Tensor& head,
 }  // namespace
 
 LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const at::Tensor& labels,
-                 bool with_gradient) {
+                 bool with_gradient, bool with_head_gradient) {
   const at::NoGradGuard no_grad;
   const int64_t vocabulary = head.size(0);
   const Counted counted = counted_of(labels, vocabulary);
@@ -64,6 +64,7 @@ LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const 
   sum.counted = counted.labels.numel();
   at::Tensor row_gradient, logits_gradient;
   if (with_gradient) row_gradient = at::empty_like(rows);
+  if (with_head_gradient) sum.head_gradient = at::zeros(head.sizes(), at::kFloat);
   if (with_gradient && narrow)
     logits_gradient = at::empty({std::min(kChunk, sum.counted), vocabulary}, rows.options());
 
@@ -82,7 +83,11 @@ LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const 
     }
     if (!with_gradient) return;
     at::Tensor out = row_gradient.narrow(0, first, count);
-    linalg::product_into(out, narrow ? logits_gradient.narrow(0, 0, count) : logits, head);
+    const at::Tensor of_logits = narrow ? logits_gradient.narrow(0, 0, count) : logits;
+    linalg::product_into(out, of_logits, head);
+    if (with_head_gradient)
+      sum.head_gradient.add_(
+          linalg::product(of_logits.t(), rows.narrow(0, first, count), at::kFloat));
   });
 
   if (with_gradient) {

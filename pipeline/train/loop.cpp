@@ -67,6 +67,8 @@ class Loop {
   void sum_units();
   void compute_units();
   void take_step();
+  void validate();
+  bool out_of_patience() const { return options_.patience > 0 && unimproved_ >= options_.patience; }
   UnitLoss run_unit(int64_t unit, const GradientSink& sink) const;
   double largest_of_gradients() const;
   void say(const std::string& line) const {
@@ -86,6 +88,8 @@ class Loop {
   std::vector<UnitLoss> worker_losses_;
   std::vector<double> largest_;  // per segment, the previous step's largest unit
   int64_t segments_ = 0, step_ = 0, counted_ = 0, step_tokens_ = 0;
+  int64_t unimproved_ = 0;          // validations since the best one
+  std::vector<float> best_values_;  // only where the best are kept
   LoopResult result_;
 };
 
@@ -209,6 +213,20 @@ void Loop::take_step() {
   if (group_.is_root() && events_.step) events_.step(report);
 }
 
+void Loop::validate() {
+  problem_.prepare_step();
+  const double score = problem_.validate(step_);
+  if (!std::isfinite(score))
+    throw NumericalError(
+        fmt::format("step {}: the validation's score is {}; lower learning_rate", step_, score));
+  ++unimproved_;
+  if (result_.validations++ > 0 && score >= result_.best_score) return;
+  result_.best_score = score;
+  result_.best_step = step_;
+  unimproved_ = 0;
+  if (options_.keep_best) best_values_.assign(parameters_.flat().begin(), parameters_.flat().end());
+}
+
 void Loop::save() {
   if (options_.checkpoint_file.empty() || !group_.is_root()) return;
   StepCheckpoint c;
@@ -223,6 +241,11 @@ void Loop::save() {
   c.second_moment.assign(adamw_.second_moment().begin(), adamw_.second_moment().end());
   c.largest = largest_;
   c.largest.resize(segments_, 0.0);
+  c.validations = result_.validations;
+  c.best_step = result_.best_step;
+  c.unimproved = unimproved_;
+  c.best_score = result_.best_score;
+  c.best_values = best_values_;
   write_step_checkpoint(options_.checkpoint_file, c);
 }
 
@@ -234,15 +257,23 @@ void Loop::resume() {
   if (group_.is_root())
     found = read_step_checkpoint(options_.checkpoint_file, options_.fingerprint, parameters_.size(),
                                  segments_);
-  int64_t numbers[2] = {found ? found->step : 0, found ? found->tokens : 0};
+  int64_t numbers[6] = {0, 0, 0, 0, 0, 0};
+  if (found) {
+    const auto best = static_cast<int64_t>(found->best_values.size());
+    const int64_t stored[6] = {found->step,      found->tokens,     found->validations,
+                               found->best_step, found->unimproved, best};
+    std::copy(stored, stored + 6, numbers);
+  }
   group_.broadcast(comm::bytes_of(std::span<int64_t>(numbers)));
   if (numbers[0] == 0) return;
-  double figures[3] = {0, 0, 0};
+  double figures[4] = {0, 0, 0, 0};
   largest_.resize(segments_);
   if (found) {
     figures[0] = found->loss_first;
     figures[1] = found->loss_last;
     figures[2] = found->seconds;
+    figures[3] = found->best_score;
+    best_values_ = found->best_values;
     std::copy(found->values.begin(), found->values.end(), parameters_.flat().begin());
     std::copy(found->first_moment.begin(), found->first_moment.end(),
               adamw_.first_moment().begin());
@@ -255,17 +286,22 @@ void Loop::resume() {
   group_.broadcast(comm::bytes_of(adamw_.first_moment()));
   group_.broadcast(comm::bytes_of(adamw_.second_moment()));
   group_.broadcast(comm::bytes_of(std::span(largest_)));
+  best_values_.resize(numbers[5]);
+  if (numbers[5] > 0) group_.broadcast(comm::bytes_of(std::span(best_values_)));
   step_ = numbers[0];
-  result_ = {numbers[0], numbers[1], figures[0], figures[1], figures[2]};
+  unimproved_ = numbers[4];
+  result_ = {numbers[0], numbers[1], figures[0], figures[1], figures[2],
+             numbers[2], numbers[3], figures[3], 0};
 }
 
 LoopResult Loop::run() {
   resume();
   if (group_.is_root() && events_.started) events_.started(step_);
   int64_t saved = step_;
-  while (step_ < options_.steps) {
+  while (step_ < options_.steps && !out_of_patience()) {
     take_step();
-    const bool last = step_ == options_.steps;
+    if (options_.validate_after && options_.validate_after(step_)) validate();
+    const bool last = step_ == options_.steps || out_of_patience();
     const bool due = options_.checkpoint_every > 0 && step_ % options_.checkpoint_every == 0;
     if (last || due) {
       save();
@@ -279,6 +315,11 @@ LoopResult Loop::run() {
                       "command again to go on",
                       step_, options_.steps));
     }
+  }
+  result_.kept_step = step_;
+  if (!best_values_.empty()) {
+    std::copy(best_values_.begin(), best_values_.end(), parameters_.flat().begin());
+    result_.kept_step = result_.best_step;
   }
   return result_;
 }

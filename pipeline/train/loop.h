@@ -1,6 +1,6 @@
 #pragma once
 /// The training loop: units of work shared over ranks and workers, their gradients summed exactly,
-/// one clipped AdamW step on every rank alike, checkpoints. It knows nothing of models.
+/// one clipped AdamW step on every rank alike, validation, checkpoints. It knows nothing of models.
 ///
 /// A step has a fixed number of units (micro-batches); unit u runs on rank u % size, on whichever
 /// of its workers is free. Its loss and gradients go to integer sums (comm/exact_sum.h), so that
@@ -32,6 +32,10 @@ struct LoopOptions {
   int64_t checkpoint_every = 0;           ///< steps; 0: only when asked to stop and at the end
   std::filesystem::path checkpoint_file;  ///< empty: no checkpoints
   std::string fingerprint;                ///< of all that the steps' bits depend on
+  /// Whether to validate after that many steps; empty: never.
+  std::function<bool(int64_t steps)> validate_after;
+  bool keep_best = false;  ///< leave the values of the best validation, the earliest of equal ones
+  int64_t patience = 0;    ///< end after so many validations without a better one; 0: never
 };
 
 struct UnitLoss {
@@ -51,6 +55,9 @@ struct Problem {
   std::function<void()> prepare_step;
   /// Loss and gradients of one unit on the calling worker. `step` counts from 0.
   std::function<UnitLoss(int64_t step, int64_t unit, const GradientSink& sink)> unit;
+  /// The score of the parameters as they are after `steps` steps, lower is better; collective,
+  /// the same bits on every rank. Called behind prepare_step.
+  std::function<double(int64_t steps)> validate;
 };
 
 struct StepReport {
@@ -71,9 +78,14 @@ struct LoopResult {
   int64_t steps = 0, tokens = 0;
   double loss_first = 0, loss_last = 0;
   double seconds = 0;  ///< of all starts
+  int64_t validations = 0, best_step = 0;
+  double best_score = 0;  ///< when there were validations
+  int64_t kept_step = 0;  ///< whose values are left
 };
 
-/// Trains until options.steps, going on from the checkpoint when there is one. Collective. Throws
+/// Trains until options.steps or out of patience, going on from the checkpoint when there is one.
+/// The best values so far are part of it: a kill at any moment, also between validating and saving,
+/// repeats what was not saved and gives the same bits. Collective. Throws
 /// NumericalError naming parameter and step on a loss or gradient that is not finite, Requeue
 /// after saving when asked to stop.
 LoopResult run_loop(const LoopOptions& options, Problem& problem, const LoopEvents& events,

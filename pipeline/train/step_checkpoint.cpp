@@ -26,10 +26,13 @@ std::vector<T> as_vector(const at::Tensor& values) {
 }
 
 std::string contents_checksum(const StepCheckpoint& c) {
-  std::string text = fmt::format("{} {} {} {}", c.fingerprint, c.step, c.tokens, c.values.size());
+  std::string text =
+      fmt::format("{} {} {} {} {} {} {} {}", c.fingerprint, c.step, c.tokens, c.values.size(),
+                  c.validations, c.best_step, c.unimproved, c.best_score);
   for (const auto& bytes :
        {std::as_bytes(std::span(c.values)), std::as_bytes(std::span(c.first_moment)),
-        std::as_bytes(std::span(c.second_moment)), std::as_bytes(std::span(c.largest))})
+        std::as_bytes(std::span(c.second_moment)), std::as_bytes(std::span(c.largest)),
+        std::as_bytes(std::span(c.best_values))})
     text += io::checksum(bytes);
   return io::checksum(text);
 }
@@ -42,11 +45,17 @@ void write_step_checkpoint(const std::filesystem::path& file, const StepCheckpoi
   writer.write("/first_moment", as_tensor(checkpoint.first_moment, at::kFloat));
   writer.write("/second_moment", as_tensor(checkpoint.second_moment, at::kFloat));
   writer.write("/largest", as_tensor(checkpoint.largest, at::kDouble));
+  if (!checkpoint.best_values.empty())
+    writer.write("/best_values", as_tensor(checkpoint.best_values, at::kFloat));
   writer.attribute("/", "step", checkpoint.step);
   writer.attribute("/", "tokens", checkpoint.tokens);
   writer.attribute("/", "loss_first", checkpoint.loss_first);
   writer.attribute("/", "loss_last", checkpoint.loss_last);
   writer.attribute("/", "seconds", checkpoint.seconds);
+  writer.attribute("/", "validations", checkpoint.validations);
+  writer.attribute("/", "best_step", checkpoint.best_step);
+  writer.attribute("/", "unimproved", checkpoint.unimproved);
+  writer.attribute("/", "best_score", checkpoint.best_score);
   writer.attribute("/", "fingerprint", checkpoint.fingerprint);
   writer.attribute("/", "checksum", contents_checksum(checkpoint));
   writer.commit();
@@ -73,9 +82,16 @@ std::optional<StepCheckpoint> read_step_checkpoint(const std::filesystem::path& 
   c.first_moment = as_vector<float>(reader.read("/first_moment", at::kFloat));
   c.second_moment = as_vector<float>(reader.read("/second_moment", at::kFloat));
   c.largest = as_vector<double>(reader.read("/largest", at::kDouble));
+  c.validations = reader.integer_attribute("/", "validations");
+  c.best_step = reader.integer_attribute("/", "best_step");
+  c.unimproved = reader.integer_attribute("/", "unimproved");
+  c.best_score = reader.number_attribute("/", "best_score");
+  if (reader.has("/best_values"))
+    c.best_values = as_vector<float>(reader.read("/best_values", at::kFloat));
   const auto size = static_cast<size_t>(parameters);
   const bool fits = c.values.size() == size && c.first_moment.size() == size &&
                     c.second_moment.size() == size &&
+                    (c.best_values.empty() || c.best_values.size() == size) &&
                     c.largest.size() == static_cast<size_t>(segments);
   if (!fits || reader.text_attribute("/", "checksum") != contents_checksum(c))
     throw UserError(

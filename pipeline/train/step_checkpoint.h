@@ -18,6 +18,10 @@ struct StepCheckpoint {
   std::string fingerprint;  ///< of everything the steps depend on
   std::vector<float> values, first_moment, second_moment;
   std::vector<double> largest;  ///< per segment, the previous step's largest unit: the next grid
+  int64_t validations = 0, best_step = 0;
+  int64_t unimproved = 0;          ///< validations since the best one
+  double best_score = 0;           ///< of best_step, when there were any
+  std::vector<float> best_values;  ///< empty: the last ones are kept, or none was validated
 };
 
 /// One HDF5 file, replaced whole: a kill at any moment leaves the older or the newer one.

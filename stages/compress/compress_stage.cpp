@@ -4,6 +4,7 @@
 
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
+#include "pipeline/model/added_terms.h"
 #include "stages/compress/compressor.h"
 #include "stages/compress/pairs.h"
 
@@ -64,6 +65,17 @@ void require_directory_or_entry(const std::string& key, const std::string& name)
     throw UserError(fmt::format("compress.{}: {} is no directory; give a checkpoint", key, name));
 }
 
+/// A residual is of matrices; what stands beside them would be lost in it.
+void refuse_terms(const io::Checkpoint& model) {
+  const std::vector<std::string> matrices = model::matrices_with_terms(model);
+  if (!matrices.empty())
+    throw UserError(fmt::format(
+        "{}: an adapter stands beside {} and {} more matrices, and compress takes the difference "
+        "of "
+        "matrices; put a retrain stage with steps: 0, adapter: previous and merge: dense before it",
+        model.directory().string(), matrices.front(), matrices.size() - 1));
+}
+
 class CompressStage : public driver::Stage {
  public:
   explicit CompressStage(Options options) : options_(std::move(options)) {}
@@ -98,6 +110,7 @@ class CompressStage : public driver::Stage {
     const auto base = io::Checkpoint::open(base_of(context));
     const auto fine_tuned = io::Checkpoint::open(
         options_.fine_tuned == "previous" ? context.input_model : fs::path(options_.fine_tuned));
+    for (const io::Checkpoint& model : {base, fine_tuned}) refuse_terms(model);
     const Hooks hooks{[&](const std::string& what, int64_t total, int64_t done) {
                         context.progress.start(what, total, done);
                       },

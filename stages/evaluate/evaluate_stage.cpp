@@ -1,35 +1,21 @@
 /// The `evaluate` stage: measures a model by its tasks and counts what it holds; changes nothing.
 
 #include <ATen/ATen.h>
-#include <fmt/format.h>
 
 #include <filesystem>
 
-#include "pipeline/errors.h"
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/model/architecture.h"
-#include "stages/evaluate/perplexity.h"
+#include "stages/evaluate/measurement.h"
 
 namespace espalier::evaluate {
 namespace {
 
-struct Task {
-  std::string name;
-  std::filesystem::path data;
-  int64_t sequence_length = 2048;
-  std::optional<int64_t> segments;
-};
-
-std::vector<Task> read_tasks(const config::Section& section) {
-  std::vector<Task> tasks;
+std::vector<std::unique_ptr<Measurement>> read_tasks(const config::Section& section) {
+  std::vector<std::unique_ptr<Measurement>> tasks;
   section.allow({"stage", "from"});
-  for (const auto& [name, task] : section.children("tasks")) {
-    task.choice("kind", {"perplexity"});
-    task.allow({"shots"});
-    tasks.push_back({name, task.text("data"),
-                     task.integer_or("sequence_length", 2048, {.low = 2, .high = 1e6}),
-                     task.optional_integer("segments", {.low = 1})});
-  }
+  for (const auto& [name, task] : section.children("tasks"))
+    tasks.push_back(make_measurement(name, task));
   if (tasks.empty()) section.fail("tasks", "there is no task to evaluate");
   return tasks;
 }
@@ -54,18 +40,16 @@ class EvaluateStage : public driver::Stage {
  public:
   explicit EvaluateStage(const config::Section& section) : tasks_(read_tasks(section)) {}
 
-  void check(const driver::RunContext&, const std::filesystem::path& start_model) const override {
-    const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
-    const model::Architecture architecture = model::read_architecture(checkpoint);
-    if (architecture.task != model::Task::causal)
-      throw UserError(fmt::format("{}: perplexity is of causal language models; this is {}",
-                                  start_model.string(), architecture.model_type));
-    for (const auto& task : tasks_) segments_of(open(task, architecture, start_model));
+  void check(const driver::RunContext& run,
+             const std::filesystem::path& start_model) const override {
+    const model::Architecture architecture =
+        model::read_architecture(io::Checkpoint::open(start_model));
+    for (const auto& task : tasks_) task->check(run, architecture, start_model);
   }
 
   std::vector<std::filesystem::path> token_sets(const driver::RunContext&) const override {
     std::vector<std::filesystem::path> sets;
-    for (const auto& task : tasks_) sets.push_back(task.data);
+    for (const auto& task : tasks_) sets.push_back(task->file);
     return sets;
   }
 
@@ -75,35 +59,17 @@ class EvaluateStage : public driver::Stage {
     nlohmann::json metrics = {{"tasks", nlohmann::json::object()},
                               {"model", count_model(checkpoint, context.run.group)}};
     for (const auto& task : tasks_) {
-      const PerplexityTask opened = open(task, architecture, context.input_model);
-      const Perplexity result = measure_perplexity(context, checkpoint, opened);
-      metrics["tasks"][task.name] = {
-          {"kind", "perplexity"},
-          {"perplexity", result.perplexity},
-          {"mean_loss", result.mean_loss},
-          {"tokens", result.tokens},
-          {"segments", result.segments},
-          {"sequence_length", task.sequence_length},
-          {"dtype", context.run.dtype == at::kFloat ? "float32" : "bfloat16"},
-          {"seed", context.run.seed},
-          {"data", task.data.filename().string()},
-          {"data_checksum", opened.set.checksum()}};
-      context.progress.say(fmt::format("{}: perplexity {:.3f} ({} segments of {})", task.name,
-                                       result.perplexity, result.segments, task.sequence_length));
-      context.progress.metric({{"task", task.name}, {"perplexity", result.perplexity}});
+      nlohmann::json row = task->measure(context, checkpoint, architecture);
+      row["dtype"] = context.run.dtype == at::kFloat ? "float32" : "bfloat16";
+      row["seed"] = context.run.seed;
+      row["data"] = task->file.filename().string();
+      metrics["tasks"][task->name] = std::move(row);
     }
     return {context.input_model, std::move(metrics)};
   }
 
  private:
-  static PerplexityTask open(const Task& task, const model::Architecture& architecture,
-                             const std::filesystem::path& model) {
-    PerplexityTask opened{data::TokenSet::open(task.data), task.sequence_length, task.segments};
-    opened.set.require_vocabulary(architecture.vocabulary, model.string());
-    return opened;
-  }
-
-  std::vector<Task> tasks_;
+  std::vector<std::unique_ptr<Measurement>> tasks_;
 };
 
 const driver::StageRegistration registration{

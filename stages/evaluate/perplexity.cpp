@@ -1,27 +1,21 @@
-#include "stages/evaluate/perplexity.h"
+/// Perplexity: exp of the mean negative log-likelihood over consecutive segments, no overlap, every
+/// predicted token counted once; the tail that fills no segment is dropped.
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <optional>
 
 #include "pipeline/data/sampler.h"
+#include "pipeline/data/token_set.h"
 #include "pipeline/errors.h"
-#include "pipeline/model/block.h"
 #include "pipeline/train/cross_entropy.h"
+#include "stages/evaluate/measurement.h"
+#include "stages/evaluate/score_units.h"
 
 namespace espalier::evaluate {
 namespace {
-
-constexpr int64_t kHiddenStateBytes = int64_t{256} << 20;
-
-/// A quarter of a limited memory: the rest is for the block, the head and the program.
-int64_t hidden_state_bytes(const driver::RunContext& run) {
-  return run.memory_bytes > 0 ? std::min(kHiddenStateBytes, run.memory_bytes / 4)
-                              : kHiddenStateBytes;
-}
 
 /// Every label is the next token; the last position predicts nothing.
 at::Tensor next_tokens(const at::Tensor& tokens) {
@@ -30,96 +24,74 @@ at::Tensor next_tokens(const at::Tensor& tokens) {
   return labels;
 }
 
-/// The summed loss of each of `segments` (global numbers), through all blocks together.
-std::vector<double> score(driver::StageContext& context, const io::Checkpoint& checkpoint,
-                          const model::Architecture& architecture, const PerplexityTask& task,
-                          const std::vector<int64_t>& segments) {
-  const driver::RunContext& run = context.run;
-  const model::UnitShape unit{1, task.sequence_length, {}};
-  const model::RotaryTable rotary = model::rotary_table(architecture, task.sequence_length);
-  const auto count = static_cast<int64_t>(segments.size());
-  std::vector<at::Tensor> tokens(segments.size()), hidden(segments.size());
-  {
-    const model::Ends ends = model::load_ends(checkpoint, architecture, run.dtype);
-    run.workers->for_each(count, [&](int64_t i, int) {
-      c10::InferenceMode guard;
-      tokens[i] = task.set.stream(segments[i] * task.sequence_length, task.sequence_length);
-      hidden[i] = model::embed(architecture, ends, tokens[i], unit);
-    });
+class Perplexity : public Measurement {
+ public:
+  explicit Perplexity(const config::Section& section)
+      : length_(section.integer_or("sequence_length", 2048, {.low = 2, .high = 1e6})),
+        segments_(section.optional_integer("segments", {.low = 1})) {
+    refuse_key(section, "shots", "multiple_choice");
   }
-  for (int64_t block = 0; block < architecture.blocks; ++block) {
-    const model::BlockWeights weights =
-        model::load_block(checkpoint, architecture, block, run.dtype);
-    run.workers->for_each(count, [&](int64_t i, int) {
-      c10::InferenceMode guard;
-      hidden[i] = model::block_forward(architecture, weights, hidden[i], unit, rotary,
-                                       model::plain_linear());
-    });
+
+  void check(const driver::RunContext&, const model::Architecture& architecture,
+             const std::filesystem::path& start_model) const override {
+    require_language_model(architecture, start_model, "perplexity");
+    const data::TokenSet set = data::TokenSet::open(file);
+    set.require_vocabulary(architecture.vocabulary, start_model.string());
+    segments_of(set);
   }
-  const model::Ends ends = model::load_ends(checkpoint, architecture, run.dtype);
-  std::vector<double> losses(segments.size());
-  run.workers->for_each(count, [&](int64_t i, int) {
-    c10::InferenceMode guard;
-    const at::Tensor x = model::apply_norm(architecture, ends.final_norm, hidden[i]);
-    hidden[i] = at::Tensor();
-    losses[i] = train::loss_sum(x, ends.head, next_tokens(tokens[i]), false).loss;
-  });
-  return losses;
-}
+
+  nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                         const model::Architecture& architecture) const override {
+    const data::TokenSet set = data::TokenSet::open(file);
+    set.require_vocabulary(architecture.vocabulary, context.input_model.string());
+    const int64_t segments = segments_of(set);
+    UnitWork work{"segments", segments, length_, {}, {}};
+    work.input = [&](int64_t segment) {
+      return UnitInput{set.stream(segment * length_, length_), {1, length_, {}}};
+    };
+    work.score = [&](int64_t, const UnitInput& input, const at::Tensor& x,
+                     const model::Ends& ends) {
+      return std::vector{train::loss_sum(x, ends.head, next_tokens(input.tokens), false).loss};
+    };
+    const auto losses = score_units(context, checkpoint, architecture, work);
+    double sum = 0;  // in the order of the segments, whoever computed them
+    for (int64_t segment = 0; segment < segments; ++segment) {
+      if (!std::isfinite(losses[segment][0]))
+        throw NumericalError(fmt::format("evaluate: the loss of segment {} of {} is not finite",
+                                         segment, set.path().string()));
+      sum += losses[segment][0];
+    }
+    const int64_t tokens = segments * (length_ - 1);
+    const double mean_loss = sum / static_cast<double>(tokens), perplexity = std::exp(mean_loss);
+    context.progress.say(fmt::format("{}: perplexity {:.3f} ({} segments of {})", name, perplexity,
+                                     segments, length_));
+    context.progress.metric({{"task", name}, {"perplexity", perplexity}});
+    return {{"kind", "perplexity"},       {"reported", nlohmann::json::array({"perplexity"})},
+            {"perplexity", perplexity},   {"mean_loss", mean_loss},
+            {"tokens", tokens},           {"segments", segments},
+            {"sequence_length", length_}, {"data_checksum", set.checksum()}};
+  }
+
+ private:
+  /// How many segments are scored. Throws UserError when the set has fewer than asked, or none.
+  int64_t segments_of(const data::TokenSet& set) const {
+    const int64_t whole = set.stream_tokens() / length_;
+    if (whole == 0 || (segments_ && *segments_ > whole))
+      throw UserError(fmt::format(
+          "{}: {} tokens give {} segments of {}; {} are asked for. Lower segments or "
+          "sequence_length, or give more text",
+          set.path().string(), set.stream_tokens(), whole, length_, segments_.value_or(1)));
+    return segments_.value_or(whole);
+  }
+
+  int64_t length_;
+  std::optional<int64_t> segments_;
+};
+
+const MeasurementRegistration registration{
+    "perplexity", [](const config::Section& section) -> std::unique_ptr<Measurement> {
+      return std::make_unique<Perplexity>(section);
+    }};
 
 }  // namespace
-
-int64_t segments_of(const PerplexityTask& task) {
-  const int64_t whole = task.set.stream_tokens() / task.sequence_length;
-  if (whole == 0 || (task.segments && *task.segments > whole))
-    throw UserError(
-        fmt::format("{}: {} tokens give {} segments of {}; {} are asked for. Lower segments or "
-                    "sequence_length, or give more text",
-                    task.set.path().string(), task.set.stream_tokens(), whole, task.sequence_length,
-                    task.segments.value_or(1)));
-  return task.segments.value_or(whole);
-}
-
-Perplexity measure_perplexity(driver::StageContext& context, const io::Checkpoint& checkpoint,
-                              const PerplexityTask& task) {
-  const driver::RunContext& run = context.run;
-  const model::Architecture architecture = model::read_architecture(checkpoint);
-  const int64_t total = segments_of(task), ranks = run.group.size();
-  const int64_t segment_bytes = task.sequence_length * architecture.hidden *
-                                static_cast<int64_t>(c10::elementSize(run.dtype));
-  const int64_t at_once =
-      std::max<int64_t>(run.workers->count(), hidden_state_bytes(run) / segment_bytes);
-  context.progress.start("segments", total);
-  std::vector<double> losses(static_cast<size_t>(total));
-  for (int64_t first = 0; first < total; first += at_once * ranks) {
-    const int64_t last = std::min(total, first + at_once * ranks);
-    std::vector<int64_t> mine;
-    for (int64_t segment = first + run.group.rank(); segment < last; segment += ranks)
-      mine.push_back(segment);
-    const std::vector<double> scored = score(context, checkpoint, architecture, task, mine);
-    const auto all = run.group.all_gather(comm::bytes_of(std::span(scored)));
-    for (int64_t segment = first; segment < last; ++segment) {
-      const auto& part = all[(segment - first) % ranks];
-      std::memcpy(&losses[segment], part.data() + (segment - first) / ranks * sizeof(double),
-                  sizeof(double));
-    }
-    context.progress.advance(last);
-    if (driver::stop_requested(run.group)) throw Requeue("evaluate: stopped");
-  }
-  Perplexity result;
-  double sum = 0;  // in the order of the segments, whoever computed them
-  for (int64_t segment = 0; segment < total; ++segment) {
-    if (!std::isfinite(losses[segment]))
-      throw NumericalError(fmt::format("evaluate: the loss of segment {} of {} is not finite",
-                                       segment, task.set.path().string()));
-    sum += losses[segment];
-  }
-  result.segments = total;
-  result.tokens = total * (task.sequence_length - 1);
-  result.mean_loss = sum / static_cast<double>(result.tokens);
-  result.perplexity = std::exp(result.mean_loss);
-  context.progress.finish();
-  return result;
-}
-
 }  // namespace espalier::evaluate

@@ -7,11 +7,27 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/io/json.h"
+#include "pipeline/model/added_terms.h"
+#include "pipeline/model/sequence_head.h"
+#include "stages/export/terms.h"
 
 namespace espalier::exporting {
 namespace {
 
 namespace fs = std::filesystem;
+
+/// A head that a stage gave to the model stands in config.json too, so that `transformers` loads
+/// the class that has it.
+void write_head_config(const io::Checkpoint& checkpoint, const fs::path& directory) {
+  if (!model::knows_architecture(checkpoint)) return;
+  const auto keys = model::config_of_head(checkpoint, model::read_architecture(checkpoint));
+  if (!keys) return;
+  const fs::path file = directory / "config.json";
+  nlohmann::json config = io::parse_json(io::read_file(file), file.string());
+  config.update(*keys);
+  io::write_file(file, config.dump(2) + "\n");
+}
 
 class ExportStage : public driver::Stage {
  public:
@@ -36,17 +52,22 @@ class ExportStage : public driver::Stage {
     const comm::Communicator& group = context.run.group;
     const fs::path target = directory_ ? fs::path(*directory_) : context.directory / "model";
     driver::StageResult result{target, {}};
-    const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
+    const io::Checkpoint model = io::Checkpoint::open(context.input_model);
+    const io::Checkpoint checkpoint = model.without(model::is_term);
     const int64_t shards = io::DenseExport(checkpoint, target, context.run.dtype).shards();
     context.progress.start("shards", shards);
-    const std::vector<std::string> files =
+    std::vector<std::string> files =
         driver::write_dense(checkpoint, target, context.run.dtype, group, [&](int64_t done) {
           context.progress.advance(done);
           if (done < shards && driver::stop_requested(group))
             throw Requeue("export: stopped; the same command again writes the model anew");
         });
+    const Terms terms = write_terms(model, target, group.is_root());
+    files.insert(files.end(), terms.files.begin(), terms.files.end());
+    if (!terms.sentence.empty()) context.progress.say(terms.sentence);
     if (directory_) result.files_elsewhere = files;
     if (group.is_root()) {
+      write_head_config(checkpoint, target);
       int64_t bytes = 0;
       for (const auto& name : files) bytes += static_cast<int64_t>(fs::file_size(target / name));
       result.metrics = {{"directory", target.string()}, {"bytes", bytes}, {"files", files.size()}};

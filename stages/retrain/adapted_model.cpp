@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
-#include <fmt/ranges.h>
-#include <fnmatch.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
@@ -17,36 +15,34 @@ namespace espalier::retrain {
 
 namespace {
 
-/// "q_proj" and "*_proj" match by the last part of a layer's name, "self_attn.*" by the whole of
-/// it.
-bool matches(const model::Linear& linear, const std::string& pattern) {
-  const std::string last = linear.name.substr(linear.name.rfind('.') + 1);
-  return fnmatch(pattern.c_str(), last.c_str(), 0) == 0 ||
-         fnmatch(pattern.c_str(), linear.name.c_str(), 0) == 0;
+using torch::autograd::grad;
+
+std::vector<std::string> names_of(const std::optional<model::SequenceHead>& head) {
+  std::vector<std::string> names;
+  if (head)
+    for (const model::HeadTensor& tensor : head->tensors) names.push_back(tensor.name);
+  return names;
+}
+
+at::Tensor mask_of(const at::Tensor& weight) {
+  const at::Tensor kept = weight.ne(0);
+  return kept.all().item<bool>() ? at::Tensor() : kept.to(at::kByte);
+}
+
+/// Next tokens and classes that do not count are negative, numbers NaN.
+int64_t counted_labels(const UnitBatch& batch) {
+  const at::Tensor& labels = batch.labels;
+  const bool numbers = at::isFloatingType(labels.scalar_type());
+  return (numbers ? labels.isnan().logical_not() : labels.ge(0)).sum().item<int64_t>();
+}
+
+ModelOptions with_attach(const std::vector<std::string>& targets, const AttachOptions& attach) {
+  ModelOptions options(targets);
+  options.attach = attach;
+  return options;
 }
 
 }  // namespace
-
-std::vector<const model::Linear*> matching_layers(const model::Architecture& architecture,
-                                                  const std::vector<std::string>& targets) {
-  std::vector<const model::Linear*> layers;
-  std::vector<bool> used(targets.size(), false);
-  for (const model::Linear& linear : architecture.linears) {
-    bool wanted = targets.empty();
-    for (size_t t = 0; t < targets.size(); ++t) {
-      if (!matches(linear, targets[t])) continue;
-      wanted = used[t] = true;
-    }
-    if (wanted) layers.push_back(&linear);
-  }
-  const auto unused = std::find(used.begin(), used.end(), false);
-  if (unused == used.end()) return layers;
-  std::vector<std::string> names;
-  for (const model::Linear& linear : architecture.linears) names.push_back(linear.name);
-  throw UserError(
-      fmt::format("retrain.targets: '{}' matches no linear layer of this {} model, which has {}",
-                  targets[unused - used.begin()], architecture.model_type, fmt::join(names, ", ")));
-}
 
 /// What the blocks of one unit share, and the unit's way through them.
 struct AdaptedModel::Pass {
@@ -58,24 +54,67 @@ struct AdaptedModel::Pass {
 
 AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
                            const model::Architecture& architecture, at::ScalarType dtype,
-                           const AdapterMethod& method, const std::vector<std::string>& targets)
-    : architecture_(architecture), ends_(model::load_ends(checkpoint, architecture, dtype)) {
-  const std::vector<const model::Linear*> layers = matching_layers(architecture, targets);
-  first_adapted_ = architecture.blocks;
+                           const AdapterMethod& method, const ModelOptions& options)
+    : architecture_(architecture),
+      dtype_(dtype),
+      ends_(model::load_ends(checkpoint, architecture, dtype)),
+      target_of_(architecture.blocks),
+      sites_of_(architecture.blocks),
+      head_(options.head),
+      problem_(options.problem),
+      head_rate_factor_(options.head_rate_factor),
+      without_terms_(options.without_terms),
+      first_trained_(architecture.blocks) {
+  Selection selection =
+      select(checkpoint, architecture, method, options.targets, names_of(options.head));
   for (int64_t b = 0; b < architecture.blocks; ++b) {
     blocks_.push_back(model::load_block(checkpoint, architecture, b, dtype));
-    target_of_.emplace_back().fill(-1);
-    for (const model::Linear* layer : layers) {
-      target_of_[b][layer->role] = static_cast<int64_t>(targets_.size());
-      targets_.push_back({architecture.weight_name(b, *layer), b, blocks_[b].weight[layer->role]});
-      first_adapted_ = std::min(first_adapted_, b);
+    target_of_[b].fill(-1);
+  }
+  const bool masked = options.attach.merge == Merge::masked && method.needs_kept();
+  for (const Matrix& matrix : selection.matrices) {
+    model::BlockWeights& block = blocks_[matrix.block];
+    const model::Role role = matrix.linear.role;
+    target_of_[matrix.block][role] = static_cast<int64_t>(targets_.size());
+    if (options.without_terms) block.added[role].reset();
+    targets_.push_back({architecture.weight_name(matrix.block, matrix.linear), matrix.block,
+                        block.weight[role], block.bias[role],
+                        masked ? mask_of(block.weight[role]) : at::Tensor()});
+    first_trained_ = std::min(first_trained_, matrix.block);
+  }
+  sites_ = std::move(selection.sites);
+  for (size_t s = 0; s < sites_.size(); ++s) {
+    const Site& site = sites_[s].site;
+    const auto index = static_cast<int64_t>(s);
+    if (sites_[s].in_block) {
+      sites_of_[site.block].push_back(index);
+      first_trained_ = std::min(first_trained_, site.block);
+    } else {
+      (site.block < 0 ? front_sites_ : behind_sites_).push_back(index);
     }
   }
-  adapter_ = method.attach(targets_);
+  adapter_ = method.attach(targets_, options.attach);
 }
 
+AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
+                           const model::Architecture& architecture, at::ScalarType dtype,
+                           const AdapterMethod& method, const std::vector<std::string>& targets,
+                           const AttachOptions& attach)
+    : AdaptedModel(checkpoint, architecture, dtype, method, with_attach(targets, attach)) {}
+
 std::unique_ptr<train::ParameterSet> AdaptedModel::make_parameters(uint64_t seed) {
-  auto parameters = std::make_unique<train::ParameterSet>(adapter_->initial_parameters(seed));
+  std::vector<train::Parameter> all = adapter_->initial_parameters(seed);
+  first_site_ = static_cast<int64_t>(all.size());
+  for (const PlacedSite& placed : sites_) {
+    at::Tensor& frozen =
+        placed.in_block ? placed.in_block(blocks_[placed.site.block]) : placed.in_ends(ends_);
+    all.push_back({placed.site.name + "/value", frozen.to(at::kFloat), 1.0});
+  }
+  if (head_)
+    for (const model::HeadTensor& tensor : head_->tensors)
+      all.push_back({tensor.name + "/value", tensor.value, head_rate_factor_});
+
+  auto parameters = std::make_unique<train::ParameterSet>(std::move(all));
   adapter_->bind(*parameters);
   parameter_values_.clear();
   for (const train::Parameter& parameter : parameters->parameters())
@@ -84,7 +123,46 @@ std::unique_ptr<train::ParameterSet> AdaptedModel::make_parameters(uint64_t seed
   for (size_t t = 0; t < targets_.size(); ++t)
     for (const int64_t p : adapter_->parameters_of(static_cast<int64_t>(t)))
       parameters_of_[targets_[t].block].push_back(p);
+  for (size_t b = 0; b < blocks_.size(); ++b)
+    for (const int64_t s : sites_of_[b]) parameters_of_[b].push_back(first_site_ + s);
   return parameters;
+}
+
+int64_t AdaptedModel::head_size() const {
+  int64_t size = 0;
+  for (const at::Tensor& value : head_parameters()) size += value.numel();
+  return size;
+}
+
+std::vector<at::Tensor> AdaptedModel::head_parameters() const {
+  return {parameter_values_.begin() + first_head_parameter(), parameter_values_.end()};
+}
+
+AdaptedModel::Pass AdaptedModel::make_pass(const UnitBatch& batch, const UnitKey& key) const {
+  Pass pass;
+  pass.shape.sequences = batch.tokens.size(0);
+  pass.shape.length = batch.tokens.size(1);
+  pass.shape.visible = batch.visible;
+  if (batch.token_types.defined()) pass.shape.token_types = batch.token_types.reshape({-1});
+  pass.rotary = model::rotary_table(architecture_, pass.shape.length);
+  pass.key = key;
+  return pass;
+}
+
+model::Ends AdaptedModel::current_ends(bool with_graph) const {
+  model::Ends ends = ends_;
+  for (const auto* part : {&front_sites_, &behind_sites_})
+    for (const int64_t s : *part) {
+      const at::Tensor& value = parameter_values_[first_site_ + s];
+      sites_[s].in_ends(ends) = (with_graph ? value : value.detach()).to(dtype_);
+    }
+  if (architecture_.head == architecture_.token_embedding) ends.head = ends.token_embedding;
+  return ends;
+}
+
+at::Tensor AdaptedModel::normed(const model::Ends& ends, const at::Tensor& hidden_states) const {
+  if (!ends.final_norm.weight.defined()) return hidden_states;
+  return model::apply_norm(architecture_, ends.final_norm, hidden_states);
 }
 
 at::Tensor AdaptedModel::forward_block(int64_t block, const at::Tensor& hidden_states,
@@ -95,22 +173,92 @@ at::Tensor AdaptedModel::forward_block(int64_t block, const at::Tensor& hidden_s
     return target < 0 ? linalg::linear(x, weight, bias)
                       : adapter_->apply(target, x, bias, pass.key);
   };
-  return model::block_forward(architecture_, blocks_[block], hidden_states, pass.shape, pass.rotary,
-                              hook);
+  if (sites_of_[block].empty())
+    return model::block_forward(architecture_, blocks_[block], hidden_states, pass.shape,
+                                pass.rotary, hook);
+  model::BlockWeights weights = blocks_[block];
+  for (const int64_t s : sites_of_[block])
+    sites_[s].in_block(weights) = parameter_values_[first_site_ + s].to(dtype_);
+  return model::block_forward(architecture_, weights, hidden_states, pass.shape, pass.rotary, hook);
 }
 
-/// The loss, and its gradient at the last block's output.
-at::Tensor AdaptedModel::backward_head(const at::Tensor& hidden_states, const data::Batch& batch,
-                                       train::UnitLoss& loss) const {
+/// The loss, and its gradient at the last block's output. That of a tied embedding is left in
+/// `tied_gradient`: what it gets as an embedding is still to come.
+at::Tensor AdaptedModel::backward_head(const at::Tensor& hidden_states, const UnitBatch& batch,
+                                       train::UnitLoss& loss, const train::GradientSink& sink,
+                                       at::Tensor& tied_gradient) const {
   const at::AutoGradMode with_grad(true);
+  const model::Ends ends = current_ends(true);
   const at::Tensor input = hidden_states.detach().set_requires_grad(true);
-  const at::Tensor normed = model::apply_norm(architecture_, ends_.final_norm, input);
-  const train::LossSum sum =
-      train::loss_sum(normed.detach(), ends_.head, batch.labels.reshape({-1}), true);
+  const at::Tensor out = normed(ends, input);
+  const bool head_trained = ends.head.requires_grad();
+  const train::LossSum sum = train::loss_sum(out.detach(), ends.head.detach(),
+                                             batch.labels.reshape({-1}), true, head_trained);
   loss.loss = sum.loss;
   loss.counted = sum.counted;
   loss.tokens = batch.tokens.numel();
-  return torch::autograd::grad({normed}, {input}, {sum.gradient})[0];
+  std::vector<at::Tensor> wanted = {input};
+  std::vector<int64_t> parameters;
+  bool own_head = false;
+  for (const int64_t s : behind_sites_) {
+    const int64_t parameter = first_site_ + s;
+    if (sites_[s].site.kind == Site::Kind::head) {
+      sink(parameter, sum.head_gradient);
+      own_head = true;
+    } else {
+      wanted.push_back(parameter_values_[parameter]);
+      parameters.push_back(parameter);
+    }
+  }
+  if (head_trained && !own_head) tied_gradient = sum.head_gradient;
+  const std::vector<at::Tensor> gradients =
+      grad({out}, wanted, {sum.gradient}, std::nullopt, false, true);
+  for (size_t i = 0; i < parameters.size(); ++i) sink(parameters[i], gradients[i + 1]);
+  return gradients[0];
+}
+
+train::UnitLoss AdaptedModel::sequence_loss_of(const at::Tensor& value,
+                                               const UnitBatch& batch) const {
+  return {value.item<double>(), counted_labels(batch), batch.tokens.numel()};
+}
+
+/// The same for the head of a classification or regression.
+at::Tensor AdaptedModel::backward_sequence_head(const at::Tensor& hidden_states,
+                                                const UnitBatch& batch, const Pass& pass,
+                                                train::UnitLoss& loss,
+                                                const train::GradientSink& sink) const {
+  const at::AutoGradMode with_grad(true);
+  const at::Tensor input = hidden_states.detach().set_requires_grad(true);
+  const at::Tensor out = normed(current_ends(true), input);
+  const at::Tensor value = model::sequence_loss(
+      model::sequence_logits(*head_, head_parameters(), out, pass.shape), batch.labels, problem_);
+  loss = sequence_loss_of(value.detach(), batch);
+  std::vector<at::Tensor> wanted = {input};
+  std::vector<int64_t> parameters;
+  for (const int64_t s : behind_sites_)  // an output embedding takes no part
+    if (sites_[s].site.kind != Site::Kind::head) parameters.push_back(first_site_ + s);
+  for (size_t h = 0; h < head_->tensors.size(); ++h)
+    parameters.push_back(first_head_parameter() + static_cast<int64_t>(h));
+  for (const int64_t p : parameters) wanted.push_back(parameter_values_[p]);
+  const std::vector<at::Tensor> gradients = grad({value}, wanted, {}, std::nullopt, false, true);
+  for (size_t i = 0; i < parameters.size(); ++i)
+    if (gradients[i + 1].defined()) sink(parameters[i], gradients[i + 1]);
+  return gradients[0];
+}
+
+void AdaptedModel::backward_embedding(const at::Tensor& embedded, const at::Tensor& gradient,
+                                      const at::Tensor& tied_gradient,
+                                      const train::GradientSink& sink) const {
+  std::vector<at::Tensor> wanted;
+  for (const int64_t s : front_sites_) wanted.push_back(parameter_values_[first_site_ + s]);
+  const std::vector<at::Tensor> gradients =
+      grad({embedded}, wanted, {gradient}, std::nullopt, false, true);
+  for (size_t i = 0; i < front_sites_.size(); ++i) {
+    const int64_t s = front_sites_[i];
+    const bool tied = tied_gradient.defined() && sites_[s].site.name == architecture_.head;
+    if (gradients[i].defined())
+      sink(first_site_ + s, tied ? gradients[i] + tied_gradient : gradients[i]);
+  }
 }
 
 void AdaptedModel::fail_not_finite(const Pass& pass, const at::Tensor& last, double loss) const {
@@ -132,27 +280,28 @@ void AdaptedModel::fail_not_finite(const Pass& pass, const at::Tensor& last, dou
       pass.key.step + 1, pass.key.first_sequence, loss, where));
 }
 
-train::UnitLoss AdaptedModel::loss_and_gradients(const data::Batch& batch, const UnitKey& key,
+train::UnitLoss AdaptedModel::loss_and_gradients(const UnitBatch& batch, const UnitKey& key,
                                                  bool recompute,
                                                  const train::GradientSink& sink) const {
   const auto blocks = static_cast<int64_t>(blocks_.size());
-  Pass pass;
-  pass.shape.sequences = batch.tokens.size(0);
-  pass.shape.length = batch.tokens.size(1);
-  pass.rotary = model::rotary_table(architecture_, pass.shape.length);
-  pass.key = key;
+  Pass pass = make_pass(batch, key);
+  pass.key.counted = counted_labels(batch);
   pass.outputs.resize(blocks);
-  at::Tensor hidden_states;
+  const bool front = !front_sites_.empty();
+  const int64_t first = front ? 0 : first_trained_;
+  at::Tensor embedded;
   {
-    const at::NoGradGuard no_grad;
-    hidden_states = model::embed(architecture_, ends_, batch.tokens.reshape({-1}), pass.shape);
+    const at::AutoGradMode grad_mode(front);
+    embedded =
+        model::embed(architecture_, current_ends(front), batch.tokens.reshape({-1}), pass.shape);
   }
+  at::Tensor hidden_states = embedded.detach();
   for (int64_t b = 0; b < blocks; ++b) {
     // The graph of the last block is used at once: keeping it costs no more than making it anew.
-    const bool keep = b >= first_adapted_ && (!recompute || b + 1 == blocks);
+    const bool keep = b >= first && (!recompute || b + 1 == blocks);
     const at::AutoGradMode grad_mode(keep);
     at::Tensor input = hidden_states.detach();
-    if (b > first_adapted_) input.set_requires_grad(true);
+    if (b > first || front) input.set_requires_grad(true);
     pass.inputs.push_back(input);
     const at::Tensor output = forward_block(b, input, pass);
     if (keep) pass.outputs[b] = output;
@@ -160,25 +309,53 @@ train::UnitLoss AdaptedModel::loss_and_gradients(const data::Batch& batch, const
   }
 
   train::UnitLoss loss;
-  at::Tensor gradient = backward_head(hidden_states, batch, loss);
+  at::Tensor tied_gradient;
+  at::Tensor gradient = head_ ? backward_sequence_head(hidden_states, batch, pass, loss, sink)
+                              : backward_head(hidden_states, batch, loss, sink, tied_gradient);
   if (!std::isfinite(loss.loss)) fail_not_finite(pass, hidden_states, loss.loss);
 
   const at::AutoGradMode with_grad(true);
-  for (int64_t b = blocks - 1; b >= first_adapted_; --b) {
+  for (int64_t b = blocks - 1; b >= first; --b) {
     at::Tensor output =
         pass.outputs[b].defined() ? pass.outputs[b] : forward_block(b, pass.inputs[b], pass);
     pass.outputs[b].reset();
     std::vector<at::Tensor> wanted;
     for (const int64_t p : parameters_of_[b]) wanted.push_back(parameter_values_[p]);
-    if (b > first_adapted_) wanted.push_back(pass.inputs[b]);
+    const bool onwards = b > first || front;
+    if (onwards) wanted.push_back(pass.inputs[b]);
     const std::vector<at::Tensor> gradients =
-        torch::autograd::grad({output}, wanted, {gradient}, std::nullopt, false, true);
+        grad({output}, wanted, {gradient}, std::nullopt, false, true);
     for (size_t i = 0; i < parameters_of_[b].size(); ++i)
       if (gradients[i].defined()) sink(parameters_of_[b][i], gradients[i]);
-    if (b > first_adapted_) gradient = gradients.back();
+    if (onwards) gradient = gradients.back();
     pass.inputs[b].reset();
   }
+  if (front) backward_embedding(embedded, gradient, tied_gradient, sink);
   return loss;
+}
+
+at::Tensor AdaptedModel::hidden_states(const UnitBatch& batch, const UnitKey& key) const {
+  const at::NoGradGuard no_grad;
+  const Pass pass = make_pass(batch, key);
+  const model::Ends ends = current_ends(false);
+  at::Tensor hidden_states =
+      model::embed(architecture_, ends, batch.tokens.reshape({-1}), pass.shape);
+  for (size_t b = 0; b < blocks_.size(); ++b)
+    hidden_states = forward_block(static_cast<int64_t>(b), hidden_states, pass);
+  return normed(ends, hidden_states);
+}
+
+AdaptedModel::Evaluation AdaptedModel::evaluate(const UnitBatch& batch, const UnitKey& key) const {
+  const at::NoGradGuard no_grad;
+  const at::Tensor last = hidden_states(batch, key);
+  if (!head_) {
+    const train::LossSum sum =
+        train::loss_sum(last, output_embedding(), batch.labels.reshape({-1}), false);
+    return {{sum.loss, sum.counted, batch.tokens.numel()}, {}};
+  }
+  const at::Tensor logits =
+      model::sequence_logits(*head_, head_parameters(), last, make_pass(batch, key).shape);
+  return {sequence_loss_of(model::sequence_loss(logits, batch.labels, problem_), batch), logits};
 }
 
 }  // namespace espalier::retrain

@@ -6,31 +6,31 @@
 #include <algorithm>
 
 #include "pipeline/errors.h"
-#include "pipeline/io/hdf5.h"
 #include "pipeline/io/safetensors.h"
 
 namespace espalier::retrain {
 
-void write_adapters(const std::filesystem::path& file, const train::ParameterSet& parameters,
-                    const std::string& method, const std::string& base_checksum) {
-  io::Hdf5Writer writer(file);
-  for (const train::Parameter& parameter : parameters.parameters())
-    writer.write("/" + parameter.name, parameter.value.detach());
-  writer.attribute("/", "method", method);
-  writer.attribute("/", "base_checksum", base_checksum);
-  writer.commit();
-}
-
 namespace {
 
-/// Counts of one matrix, checked.
+void require_finite(const at::Tensor& value, const std::string& name) {
+  if (!at::isfinite(value).all().item<bool>())
+    throw NumericalError(
+        fmt::format("{}: what was trained is not finite; lower retrain.learning_rate", name));
+}
+
+void add(MergeReport& total, const MergeReport& one) {
+  total.elements += one.elements;
+  total.nonzeros_before += one.nonzeros_before;
+  total.nonzeros_after += one.nonzeros_after;
+  total.filled += one.filled;
+}
+
+/// Counts of one merged matrix, checked.
 MergeReport compare(const Target& target, const at::Tensor& merged, bool masked) {
-  if (!at::isfinite(merged).all().item<bool>())
-    throw NumericalError(fmt::format(
-        "{}: the merged matrix is not finite; lower retrain.learning_rate", target.name));
   MergeReport report;
   const at::Tensor was_zero = target.weight.eq(0), is_zero = merged.eq(0);
-  report.nonzeros_before = target.weight.numel() - was_zero.sum().item<int64_t>();
+  report.elements = merged.numel();
+  report.nonzeros_before = merged.numel() - was_zero.sum().item<int64_t>();
   report.nonzeros_after = merged.numel() - is_zero.sum().item<int64_t>();
   report.filled = was_zero.logical_and(is_zero.logical_not()).sum().item<int64_t>();
   if (masked && report.filled > 0)
@@ -39,43 +39,137 @@ MergeReport compare(const Target& target, const at::Tensor& merged, bool masked)
   return report;
 }
 
+MergeReport count_beside(const Target& target, const model::AddedTerms& terms) {
+  MergeReport report;
+  report.elements = target.weight.numel();
+  report.nonzeros_before = target.weight.ne(0).sum().item<int64_t>();
+  report.nonzeros_after = report.nonzeros_before;
+  for (const at::Tensor& part : {terms.down, terms.up, terms.values})
+    if (part.defined()) report.nonzeros_after += part.ne(0).sum().item<int64_t>();
+  return report;
+}
+
+class Writer {
+ public:
+  Writer(const io::Checkpoint& base, const AdaptedModel& model, Merge merge)
+      : base_(base), model_(model), merge_(merge) {}
+
+  NamedTensors of_block(const std::vector<int64_t>& targets, int64_t block, MergeReport& report);
+  NamedTensors of_ends() const;
+
+ private:
+  void add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) const;
+  void add_terms(int64_t t, NamedTensors& tensors, MergeReport& report) const;
+  at::Tensor site_value(size_t s) const {
+    const at::Tensor value =
+        model_.parameter(model_.first_site_parameter() + static_cast<int64_t>(s));
+    require_finite(value, model_.sites()[s].site.name);
+    return value.detach().to(model_.dtype()).contiguous();
+  }
+
+  const io::Checkpoint& base_;
+  const AdaptedModel& model_;
+  Merge merge_;
+};
+
+void Writer::add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) const {
+  const Target& target = model_.targets()[t];
+  const at::Tensor merged = model_.adapter().merged(t).detach().contiguous();
+  require_finite(merged, target.name);
+  add(report, compare(target, merged, merge_ == Merge::masked));
+  tensors.emplace_back(target.name, merged);
+  const at::Tensor bias = model_.adapter().merged_bias(t);
+  if (bias.defined()) {
+    if (!target.bias.defined())
+      throw DefectError(fmt::format("{}: a bias was trained where there is none", target.name));
+    const std::string stem = target.name.substr(0, target.name.rfind(".weight"));
+    require_finite(bias, stem + ".bias");
+    tensors.emplace_back(stem + ".bias", bias.detach().contiguous());
+  }
+  // What was beside is in the matrix now: empty terms hide it.
+  const int64_t out = merged.size(0), in = merged.size(1);
+  if (model_.without_terms() && model::load_terms(base_, target.name, out, in))
+    for (auto& part : model::stored_terms(target.name, {}, out, in)) tensors.push_back(part);
+}
+
+void Writer::add_terms(int64_t t, NamedTensors& tensors, MergeReport& report) const {
+  const Target& target = model_.targets()[t];
+  const int64_t out = target.weight.size(0), in = target.weight.size(1);
+  std::optional<model::AddedTerms> terms = model_.adapter().beside(t);
+  if (!terms)
+    throw DefectError(fmt::format("{}: the method has nothing to leave beside it", target.name));
+  for (const at::Tensor& part : {terms->down, terms->up, terms->values, terms->bias})
+    if (part.defined()) require_finite(part, target.name);
+  if (!model_.without_terms())
+    if (const auto earlier = model::load_terms(base_, target.name, out, in))
+      terms = model::sum_of_terms(*earlier, *terms);
+  add(report, count_beside(target, *terms));
+  for (auto& part : model::stored_terms(target.name, *terms, out, in)) tensors.push_back(part);
+}
+
+NamedTensors Writer::of_block(const std::vector<int64_t>& targets, int64_t block,
+                              MergeReport& report) {
+  NamedTensors tensors;
+  for (const int64_t t : targets) {
+    if (merge_ == Merge::beside)
+      add_terms(t, tensors, report);
+    else
+      add_matrix(t, tensors, report);
+  }
+  for (size_t s = 0; s < model_.sites().size(); ++s) {
+    const PlacedSite& placed = model_.sites()[s];
+    if (placed.in_block && placed.site.block == block)
+      tensors.emplace_back(placed.site.name, site_value(s));
+  }
+  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) {
+    return a.second.element_size() > b.second.element_size();  // then all are aligned
+  });
+  return tensors;
+}
+
+NamedTensors Writer::of_ends() const {
+  NamedTensors tensors;
+  const std::vector<at::Tensor> head = model_.head_parameters();
+  for (size_t h = 0; h < head.size(); ++h) {
+    const std::string& name = model_.head()->tensors[h].name;
+    require_finite(head[h], name);
+    tensors.emplace_back(name, head[h].detach().contiguous());
+  }
+  for (size_t s = 0; s < model_.sites().size(); ++s)
+    if (!model_.sites()[s].in_block)
+      tensors.emplace_back(model_.sites()[s].site.name, site_value(s));
+  return tensors;
+}
+
 }  // namespace
 
-MergeReport write_merged(const std::filesystem::path& directory, const io::Checkpoint& base,
-                         const AdaptedModel& model, const Adapter& adapter, bool masked,
-                         Workers& workers, const comm::Communicator& group) {
-  std::vector<std::vector<int64_t>> targets_of;  // by block, those that have any
-  const std::vector<Target>& targets = model.targets();
-  for (size_t t = 0; t < targets.size(); ++t) {
-    if (t == 0 || targets[t].block != targets[t - 1].block) targets_of.emplace_back();
-    targets_of.back().push_back(static_cast<int64_t>(t));
-  }
-  const int64_t ranks = group.size(), rank = group.rank();
-  const int64_t mine = (static_cast<int64_t>(targets_of.size()) - rank + ranks - 1) / ranks;
+MergeReport write_model(const std::filesystem::path& directory, const io::Checkpoint& base,
+                        const AdaptedModel& model, Merge merge, Workers& workers,
+                        const comm::Communicator& group) {
+  std::vector<std::vector<int64_t>> targets_of(model.architecture().blocks);
+  for (size_t t = 0; t < model.targets().size(); ++t)
+    targets_of[model.targets()[t].block].push_back(static_cast<int64_t>(t));
+  Writer writer(base, model, merge);
+  const int64_t ranks = group.size(), rank = group.rank(), blocks = model.architecture().blocks;
+  const int64_t mine = (blocks - rank + ranks - 1) / ranks;
   std::vector<MergeReport> reports(workers.count());
   workers.for_each(std::max<int64_t>(mine, 0), [&](int64_t index, int worker) {
-    std::vector<std::pair<std::string, at::Tensor>> tensors;
-    const std::vector<int64_t>& of_block = targets_of[rank + index * ranks];
-    for (const int64_t t : of_block) {
-      tensors.emplace_back(targets[t].name, adapter.merged(t).contiguous());
-      const MergeReport one = compare(targets[t], tensors.back().second, masked);
-      reports[worker].nonzeros_before += one.nonzeros_before;
-      reports[worker].nonzeros_after += one.nonzeros_after;
-      reports[worker].filled += one.filled;
-    }
-    const std::string name = fmt::format("block-{:05}.safetensors", targets[of_block[0]].block);
-    io::write_safetensors(directory / name, tensors);
+    const int64_t block = rank + index * ranks;
+    const NamedTensors tensors = writer.of_block(targets_of[block], block, reports[worker]);
+    if (!tensors.empty())
+      io::write_safetensors(directory / fmt::format("block-{:05}.safetensors", block), tensors);
   });
-  int64_t totals[3] = {0, 0, 0};
-  for (const MergeReport& report : reports) {
-    totals[0] += report.nonzeros_before;
-    totals[1] += report.nonzeros_after;
-    totals[2] += report.filled;
+  if (group.is_root()) {
+    const NamedTensors tensors = writer.of_ends();
+    if (!tensors.empty()) io::write_safetensors(directory / "ends.safetensors", tensors);
   }
+  MergeReport total;
+  for (const MergeReport& report : reports) add(total, report);
+  int64_t totals[4] = {total.elements, total.nonzeros_before, total.nonzeros_after, total.filled};
   group.all_reduce_sum(totals);  // also: every file is written before derived.json says so
   if (group.is_root()) io::write_derived(directory, base);
   group.barrier();
-  return {totals[0], totals[1], totals[2]};
+  return {totals[0], totals[1], totals[2], totals[3]};
 }
 
 }  // namespace espalier::retrain

@@ -1,30 +1,38 @@
 #pragma once
-/// What a retraining leaves: adapters.h5, and a derived model of the merged matrices.
+/// The model that a retraining leaves: a derived directory of the merged matrices, or of what stays
+/// beside them, and of everything else that was trained.
 
 #include <filesystem>
 
 #include "pipeline/comm/communicator.h"
 #include "pipeline/io/checkpoint.h"
-#include "pipeline/train/parameters.h"
 #include "pipeline/workers.h"
 #include "stages/retrain/adapted_model.h"
 
 namespace espalier::retrain {
 
+/// Of the adapted matrices.
 struct MergeReport {
-  int64_t nonzeros_before = 0, nonzeros_after = 0;  ///< of the adapted matrices
+  int64_t elements = 0;
+  int64_t nonzeros_before = 0, nonzeros_after = 0;  ///< beside: the terms' numbers are added
   int64_t filled = 0;                               ///< zeros that became something else
+
+  /// Of the zeros before, the share that was filled.
+  double share_filled() const {
+    const int64_t zeros = elements - nonzeros_before;
+    return zeros > 0 ? static_cast<double>(filled) / static_cast<double>(zeros) : 0.0;
+  }
 };
 
-/// Writes every parameter (float32) under its name, with the method and the base's checksum.
-void write_adapters(const std::filesystem::path& file, const train::ParameterSet& parameters,
-                    const std::string& method, const std::string& base_checksum);
-
-/// Writes `directory` as a model derived from `base`: one file a block, blocks dealt over ranks.
-/// Collective. With `masked`, a zero that became something else is a DefectError naming the matrix;
-/// otherwise it is counted. Throws NumericalError naming the matrix when it is not finite.
-MergeReport write_merged(const std::filesystem::path& directory, const io::Checkpoint& base,
-                         const AdaptedModel& model, const Adapter& adapter, bool masked,
-                         Workers& workers, const comm::Communicator& group);
+/// Writes `directory` as a model derived from `base`: one file a block, blocks dealt over ranks,
+/// and one file of what stands outside the blocks (norms and embeddings in the model's type, a head
+/// in float32). Collective; adapter and parameters as they are, prepare_step done.
+///
+/// Merge::masked: a zero that became something else is a DefectError naming the matrix; dense: it
+/// is counted; beside: the terms are written (pipeline/model/added_terms.h), added to those that
+/// were there. Throws NumericalError naming the matrix when it is not finite.
+MergeReport write_model(const std::filesystem::path& directory, const io::Checkpoint& base,
+                        const AdaptedModel& model, Merge merge, Workers& workers,
+                        const comm::Communicator& group);
 
 }  // namespace espalier::retrain

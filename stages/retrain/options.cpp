@@ -4,20 +4,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 
 namespace espalier::retrain {
 
 namespace {
 
-/// The keys of methods and of parts of the run that read them elsewhere.
-const std::vector<std::string> kForeignKeys = {
-    "stage",    "from", "dropout",      "row_groups",  "scale",      "beta",
-    "residual", "init", "adapter_rank", "alpha",       "mask",       "subspace",
-    "sigma",    "side", "blocks",       "cardinality", "index_sets", "start_norm"};
+/// The keys that other parts of the run read.
+const std::vector<std::string> kForeignKeys = {"stage", "from"};
+/// Keys of methods that say how training goes, not what its parameters mean.
+const std::vector<std::string> kTrainingKeys = {"dropout", "init", "start_norm", "index_sets"};
 
 void read_duration(const config::Section& section, RetrainOptions& options) {
   options.epochs = section.optional_number("epochs", {.low = 0, .low_open = true});
-  options.steps = section.optional_integer("steps", {.low = 1});
+  options.steps = section.optional_integer("steps", {.low = 0});
   if (!options.epochs && !options.steps)
     section.fail("steps", "neither steps nor epochs is set; set one of them");
   options.warmup_steps = section.optional_integer("warmup_steps", {.low = 0});
@@ -48,6 +48,8 @@ void read_optimizer(const config::Section& section, RetrainOptions& options) {
     options.adamw.beta1 = betas[0];
     options.adamw.beta2 = betas[1];
   }
+  options.head_learning_rate =
+      section.optional_number("head_learning_rate", {.low = 0, .low_open = true});
   options.adamw.eps = section.number_or("eps", options.adamw.eps, {.low = 0, .low_open = true});
   options.adamw.weight_decay = section.number_or("weight_decay", 0.0, {.low = 0});
   options.max_grad_norm = section.number_or("max_grad_norm", options.max_grad_norm, {.low = 0});
@@ -58,25 +60,66 @@ void read_optimizer(const config::Section& section, RetrainOptions& options) {
                  fmt::format("'{}' is none of linear, cosine, constant", options.schedule));
 }
 
-void refuse(const config::Section& section, const std::string& key, const std::string& why) {
-  if (!section.is_null(key)) section.fail(key, why + "; set it to null");
+Merge read_merge(const config::Section& section) {
+  const std::string merge = section.text_or("merge", "masked");
+  if (merge == "masked") return Merge::masked;
+  if (merge == "beside") return Merge::beside;
+  if (merge == "dense") return Merge::dense;
+  section.fail("merge", fmt::format("'{}' is none of masked, beside, dense", merge));
 }
 
-void refuse_unsupported(const config::Section& section, const std::string& method) {
-  refuse(section, "head_learning_rate",
-         fmt::format("{} of a causal language model trains no head of its own", method));
-  refuse(section, "adapter_from", "starting from a stored adapter is not supported");
+void read_start(const config::Section& section, RetrainOptions& options) {
   const std::string adapter = section.text_or("adapter", "new");
-  if (adapter != "new")
-    section.fail("adapter", fmt::format("'{}' is not supported; only 'new' is", adapter));
+  if (adapter != "new" && adapter != "previous")
+    section.fail("adapter", fmt::format("'{}' is none of new, previous", adapter));
+  options.adapter_previous = adapter == "previous";
+  options.adapter_from = section.optional_text("adapter_from");
+  options.index_sets = section.optional_text("index_sets");
+  if (options.adapter_previous && options.adapter_from)
+    section.fail("adapter_from", "adapter: previous is set too; set one of them");
+  if (options.steps == 0 && !options.adapter_previous && !options.adapter_from)
+    section.fail("steps",
+                 "0 applies a stored adapter without training, and neither adapter_from nor "
+                 "adapter: previous names one");
+}
+
+void read_validate(const config::Section& section, ValidateOptions& validate) {
   if (section.is_null("validate")) {
     section.allow({"validate"});
     return;
   }
-  const config::Section validate = section.child("validate");
-  for (const char* key : {"data", "share"})
-    refuse(validate, key, "validation during retraining is not supported; evaluate is a stage");
-  validate.allow({"data", "share", "every", "metric", "keep", "patience"});
+  const config::Section keys = section.child("validate");
+  validate.data = keys.optional_text("data");
+  validate.share =
+      keys.optional_number("share", {.low = 0, .high = 1, .low_open = true, .high_open = true});
+  if (validate.data && validate.share)
+    keys.fail("share", "validate.data is set too; set one of them to null");
+  const auto every = nlohmann::json::parse(keys.canonical()).value("every", nlohmann::json());
+  if (!every.is_string())
+    validate.every_steps = keys.optional_integer("every", {.low = 1});
+  else if (keys.text("every") != "epoch")
+    keys.fail("every",
+              fmt::format("'{}' is neither epoch nor a number of steps", every.get<std::string>()));
+  validate.metric = keys.text_or("metric", validate.metric);
+  const std::string keep = keys.text_or("keep", "best");
+  if (keep != "best" && keep != "last")
+    keys.fail("keep", fmt::format("'{}' is none of best, last", keep));
+  validate.keep_best = keep == "best";
+  validate.patience = keys.optional_integer("patience", {.low = 1}).value_or(0);
+  if (validate.patience > 0 && !validate.wanted())
+    keys.fail("patience", "nothing is validated: set validate.data or validate.share");
+}
+
+/// The method's keys as one JSON text, without those that only training reads.
+std::string settings_of(const config::Section& section, const std::string& method) {
+  const auto all = nlohmann::json::parse(section.canonical());
+  nlohmann::json settings = nlohmann::json::object();
+  for (const std::string& key : adapter_keys(method)) {
+    const bool training =
+        std::find(kTrainingKeys.begin(), kTrainingKeys.end(), key) != kTrainingKeys.end();
+    if (!training && all.contains(key)) settings[key] = all[key];
+  }
+  return settings.dump();
 }
 
 }  // namespace
@@ -98,13 +141,12 @@ RetrainOptions read_options(const config::Section& section) {
   options.checkpoint_every = section.integer_or("checkpoint_every", 0, {.low = 0});
   options.activation_checkpointing = section.flag_or("activation_checkpointing", false);
   options.train_on_prompt = section.flag_or("train_on_prompt", options.train_on_prompt);
-  options.merge = section.text_or("merge", options.merge);
-  if (options.merge == "beside")
-    section.fail("merge", "'beside' is not supported; masked merges and keeps every zero");
-  if (options.merge != "masked" && options.merge != "dense")
-    section.fail("merge", fmt::format("'{}' is none of masked, beside, dense", options.merge));
-  refuse_unsupported(section, options.method);
+  options.merge = read_merge(section);
+  read_start(section, options);
+  read_validate(section, options.validate);
+  options.settings = settings_of(section, options.method);
   section.allow(kForeignKeys);
+  section.allow(adapter_keys());
   return options;
 }
 

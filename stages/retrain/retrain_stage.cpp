@@ -1,118 +1,238 @@
-/// The `retrain` stage: trains the adapters of one method at the matrices of a frozen model, and
-/// merges them.
+/// The `retrain` stage: trains what one method adds to a frozen model, and merges it or leaves it
+/// beside.
 
 #include <fmt/format.h>
 
-#include "pipeline/data/sampler.h"
 #include "pipeline/data/token_set.h"
-#include "pipeline/driver/spread.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checksum.h"
 #include "pipeline/train/loop.h"
 #include "stages/retrain/adapted_model.h"
+#include "stages/retrain/adapter_file.h"
+#include "stages/retrain/difference.h"
 #include "stages/retrain/merge.h"
 #include "stages/retrain/options.h"
+#include "stages/retrain/start.h"
+#include "stages/retrain/training_data.h"
+#include "stages/retrain/validation.h"
 
 namespace espalier::retrain {
 
 namespace {
 
 /// Changes with the meaning of the numbers a training keeps or leaves.
-constexpr const char* kNumericsVersion = "retrain 1";
+constexpr const char* kNumericsVersion = "retrain 2";
+/// Where the merged model is compared with the trained one.
+constexpr int64_t kComparedSequences = 4, kComparedTokens = 128;
+
+/// The sets of a run, opened.
+struct Sets {
+  TrainingData train;
+  std::optional<Validation> validation;
+  std::string checksum;
+};
 
 class RetrainStage : public driver::Stage {
  public:
   explicit RetrainStage(const config::Section& section)
       : options_(read_options(section)),
         method_(make_adapter_method(options_.method, section)),
-        configuration_(section.canonical()) {}
+        configuration_(section.canonical()) {
+    if (options_.merge == Merge::beside && !method_->additive())
+      section.fail("merge",
+                   fmt::format("beside: what {} does to a matrix is no sum that could stay "
+                               "next to it; take masked or dense",
+                               options_.method));
+  }
 
   void check(const driver::RunContext& run,
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
+  std::string checksum_of_inputs() const override;
   std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
+    if (options_.validate.data) return {run.train_data, *options_.validate.data};
     return {run.train_data};
   }
 
  private:
-  data::TokenSet open_data(const driver::RunContext& run, const model::Architecture& architecture,
-                           const std::filesystem::path& model) const;
-  train::LoopOptions loop_options(const driver::StageContext& context, int64_t steps,
+  Sets open_sets(const driver::RunContext& run, const model::Architecture& architecture,
+                 const std::filesystem::path& model) const;
+  ModelOptions model_options(const driver::StageContext& context, const io::Checkpoint& checkpoint,
+                             const model::Architecture& architecture, const TrainingData& data,
+                             const Start& start) const;
+  train::LoopOptions loop_options(const driver::StageContext& context, const Sets& sets,
                                   const std::string& fingerprint) const;
   train::LoopResult train(driver::StageContext& context, AdaptedModel& model,
-                          train::ParameterSet& parameters, const data::TrainingSampler& sampler,
+                          train::ParameterSet& parameters, const Sets& sets,
                           const std::string& fingerprint) const;
+  double validate(driver::StageContext& context, const AdaptedModel& model,
+                  const Validation& validation, int64_t steps) const;
+  Difference compare(driver::StageContext& context, const AdaptedModel& model,
+                     const TrainingData& data, const std::filesystem::path& written) const;
+  void say_merged(driver::StageContext& context, const MergeReport& merged) const;
 
   RetrainOptions options_;
   std::unique_ptr<AdapterMethod> method_;
   std::string configuration_;
 };
 
-model::Architecture causal_architecture(const io::Checkpoint& checkpoint) {
-  model::Architecture architecture = model::read_architecture(checkpoint);
-  if (architecture.task != model::Task::causal)
-    throw UserError(
-        fmt::format("{}: retrain predicts the next token, but a {} model is no causal "
-                    "language model",
-                    checkpoint.directory().string(), architecture.model_type));
-  return architecture;
+std::string merge_name(Merge merge) {
+  if (merge == Merge::beside) return "beside";
+  return merge == Merge::masked ? "masked" : "dense";
 }
 
-data::TokenSet RetrainStage::open_data(const driver::RunContext& run,
-                                       const model::Architecture& architecture,
-                                       const std::filesystem::path& model) const {
+/// Applying a stored adapter takes no steps, and no warm-up is too long for that.
+train::Schedule schedule_of(const RetrainOptions& options, int64_t steps) {
+  if (steps == 0) return {};
+  return train::make_schedule(options.schedule, steps, options.warmup_steps, options.warmup_ratio);
+}
+
+data::TokenSet open_set(const std::filesystem::path& file, const model::Architecture& architecture,
+                        const std::filesystem::path& model) {
+  data::TokenSet set = data::TokenSet::open(file);
+  set.require_vocabulary(architecture.vocabulary, model.string());
+  return set;
+}
+
+Sets RetrainStage::open_sets(const driver::RunContext& run, const model::Architecture& architecture,
+                             const std::filesystem::path& model) const {
   if (run.train_data.empty())
     throw UserError("retrain needs data.train: an HDF5 file made by launch/prepare_data.py");
-  data::TokenSet set = data::TokenSet::open(run.train_data);
-  set.require_vocabulary(architecture.vocabulary, model.string());
   if (architecture.max_positions > 0 && options_.sequence_length > architecture.max_positions)
     throw UserError(fmt::format("retrain.sequence_length = {} is more than the {} positions of {}",
                                 options_.sequence_length, architecture.max_positions,
                                 model.string()));
-  return set;
+  const data::TokenSet set = open_set(run.train_data, architecture, model);
+  if (architecture.task != model::Task::causal && !set.is_classification())
+    throw UserError(
+        fmt::format("{}: retrain predicts the next token, but {} is no causal language "
+                    "model; give data.train labelled rows (prepare_data.py --format "
+                    "glue)",
+                    set.path().string(), architecture.model_type));
+  if (options_.head_learning_rate && !set.is_classification())
+    throw UserError(
+        fmt::format("retrain.head_learning_rate: {} has no labels, so no head of its "
+                    "own is trained; set it to null",
+                    set.path().string()));
+  const auto data = [&](const data::TokenSet& of, data::HeldOut part) {
+    return TrainingData(of, run.seed, options_.sequence_length, options_.train_on_prompt, part);
+  };
+  const ValidateOptions& validate = options_.validate;
+  const double share = validate.share.value_or(0);
+  Sets sets{data(set, {share, false}), std::nullopt, set.checksum()};
+  if (validate.share) sets.validation.emplace(data(set, {share, true}), validate.metric);
+  if (!validate.data) return sets;
+  const data::TokenSet held = open_set(*validate.data, architecture, model);
+  if (held.is_classification() != set.is_classification() ||
+      (held.is_classification() && held.classes() != set.classes()))
+    throw UserError(fmt::format("retrain.validate.data: {} is of another task than {}",
+                                held.path().string(), set.path().string()));
+  sets.validation.emplace(data(held, {1.0, true}), validate.metric);
+  sets.checksum += " " + held.checksum();
+  return sets;
 }
 
 void RetrainStage::check(const driver::RunContext& run,
                          const std::filesystem::path& start_model) const {
   const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
-  const model::Architecture architecture = causal_architecture(checkpoint);
-  const data::TrainingSampler sampler(open_data(run, architecture, start_model), run.seed,
-                                      options_.sequence_length, options_.train_on_prompt);
-  train::make_schedule(options_.schedule, options_.total_steps(sampler.epoch_sequences()),
-                       options_.warmup_steps, options_.warmup_ratio);
+  const model::Architecture architecture = model::read_architecture(checkpoint);
+  const Sets sets = open_sets(run, architecture, start_model);
+  schedule_of(options_, options_.total_steps(sets.train.epoch_sequences()));
+  std::vector<std::string> head;
+  if (sets.train.labelled())
+    for (const model::HeadTensor& tensor :
+         model::load_sequence_head(checkpoint, architecture, sets.train.logits(), run.seed, true)
+             .tensors)
+      head.push_back(tensor.name);
   int64_t weights = 0;
-  for (const model::Linear* layer : matching_layers(architecture, options_.targets)) {
-    method_->check(architecture.weight_name(0, *layer), layer->out, layer->in);
-    weights += layer->out * layer->in * architecture.blocks;
+  for (const Matrix& matrix :
+       select(checkpoint, architecture, *method_, options_.targets, head).matrices) {
+    method_->check(architecture.weight_name(matrix.block, matrix.linear), matrix.linear.out,
+                   matrix.linear.in);
+    weights += matrix.linear.out * matrix.linear.in;
   }
-  if (run.group.is_root())
-    io::require_space(run.directory, weights * static_cast<int64_t>(c10::elementSize(run.dtype)));
+  if (!run.group.is_root()) return;
+  if (options_.adapter_from)
+    StoredAdapter::read(adapter_file_of(*options_.adapter_from))
+        .require_method({options_.method, options_.settings, {}});
+  io::require_space(run.directory, weights * static_cast<int64_t>(c10::elementSize(run.dtype)));
 }
 
-train::LoopOptions RetrainStage::loop_options(const driver::StageContext& context, int64_t steps,
+std::string RetrainStage::checksum_of_inputs() const {
+  std::vector<std::filesystem::path> files = method_->input_files();
+  if (options_.adapter_from) files.push_back(adapter_file_of(*options_.adapter_from));
+  if (options_.index_sets) files.emplace_back(*options_.index_sets);
+  std::string checksums;
+  for (const std::filesystem::path& file : files) checksums += io::file_checksum(file) + " ";
+  return checksums;
+}
+
+ModelOptions RetrainStage::model_options(const driver::StageContext& context,
+                                         const io::Checkpoint& checkpoint,
+                                         const model::Architecture& architecture,
+                                         const TrainingData& data, const Start& start) const {
+  ModelOptions options(options_.targets);
+  options.attach = {options_.merge,
+                    context.run.seed,
+                    context.run.workers,
+                    &context.run.group,
+                    find_index_sets(options_, context.directory),
+                    start.stored ? start.stored->frozen() : std::map<std::string, at::Tensor>()};
+  options.without_terms = options_.adapter_previous;
+  if (!data.labelled()) return options;
+  options.head = model::load_sequence_head(checkpoint, architecture, data.logits(),
+                                           context.run.seed, /*replace=*/true);
+  options.problem = data.problem();
+  options.head_rate_factor =
+      options_.head_learning_rate.value_or(options_.learning_rate) / options_.learning_rate;
+  return options;
+}
+
+train::LoopOptions RetrainStage::loop_options(const driver::StageContext& context, const Sets& sets,
                                               const std::string& fingerprint) const {
+  const int64_t epoch = sets.train.epoch_sequences(), steps = options_.total_steps(epoch);
   train::LoopOptions loop;
   loop.steps = steps;
   loop.units = options_.units();
   loop.learning_rate = options_.learning_rate;
-  loop.schedule =
-      train::make_schedule(options_.schedule, steps, options_.warmup_steps, options_.warmup_ratio);
+  loop.schedule = schedule_of(options_, steps);
   loop.adamw = options_.adamw;
   loop.max_grad_norm = options_.max_grad_norm;
   loop.checkpoint_every = options_.checkpoint_every;
   loop.checkpoint_file = context.state_directory() / "step.h5";
   loop.fingerprint = fingerprint;
+  if (!sets.validation) return loop;
+  loop.keep_best = options_.validate.keep_best;
+  loop.patience = options_.validate.patience;
+  loop.validate_after = [this, steps, epoch](int64_t done) {
+    if (done == steps) return true;
+    if (options_.validate.every_steps) return done % *options_.validate.every_steps == 0;
+    const auto epochs = [&](int64_t after) { return after * options_.batch_size / epoch; };
+    return epochs(done) > epochs(done - 1);
+  };
   return loop;
 }
 
+double RetrainStage::validate(driver::StageContext& context, const AdaptedModel& model,
+                              const Validation& validation, int64_t steps) const {
+  const driver::RunContext& run = context.run;
+  const data::Metrics metrics = validation.measure(model, run.seed, *run.workers, run.group);
+  nlohmann::json line = {{"event", "validation"}, {"step", steps}};
+  for (const auto& [name, value] : metrics) line[name] = value;
+  context.progress.metric(line);
+  context.progress.say(fmt::format("validation after step {}: {} {:.5f}, loss {:.5f}", steps,
+                                   validation.metric(), metrics.at(validation.metric()),
+                                   metrics.at("loss")));
+  return validation.score(metrics);
+}
+
 train::LoopResult RetrainStage::train(driver::StageContext& context, AdaptedModel& model,
-                                      train::ParameterSet& parameters,
-                                      const data::TrainingSampler& sampler,
+                                      train::ParameterSet& parameters, const Sets& sets,
                                       const std::string& fingerprint) const {
   const driver::RunContext& run = context.run;
-  const int64_t steps = options_.total_steps(sampler.epoch_sequences());
+  const train::LoopOptions loop = loop_options(context, sets, fingerprint);
   train::Problem problem;
   problem.parameters = &parameters;
   problem.prepare_step = [&] { model.adapter().prepare_step(*run.workers); };
@@ -120,11 +240,14 @@ train::LoopResult RetrainStage::train(driver::StageContext& context, AdaptedMode
     const int64_t in_step = unit * options_.micro_batch_size;
     const int64_t first = step * options_.batch_size + in_step;
     const UnitKey key{run.seed, step, in_step, options_.micro_batch_size};
-    return model.loss_and_gradients(sampler.batch(first, options_.micro_batch_size), key,
+    return model.loss_and_gradients(sets.train.batch(first, options_.micro_batch_size), key,
                                     options_.activation_checkpointing, sink);
   };
+  problem.validate = [&](int64_t steps) {
+    return validate(context, model, *sets.validation, steps);
+  };
   train::LoopEvents events;
-  events.started = [&](int64_t done) { context.progress.start("steps", steps, done); };
+  events.started = [&](int64_t done) { context.progress.start("steps", loop.steps, done); };
   events.step = [&](const train::StepReport& report) {
     context.progress.advance(report.step, fmt::format("loss {:.4f}, {:.0f} tokens/s", report.loss,
                                                       report.tokens_per_second));
@@ -138,50 +261,105 @@ train::LoopResult RetrainStage::train(driver::StageContext& context, AdaptedMode
   };
   events.say = [&](const std::string& line) { context.progress.say(line); };
   events.stop_requested = [&] { return driver::stop_requested(run.group); };
-  const train::LoopResult result = train::run_loop(loop_options(context, steps, fingerprint),
-                                                   problem, events, *run.workers, run.group);
+  const train::LoopResult result = train::run_loop(loop, problem, events, *run.workers, run.group);
   context.progress.finish();
   return result;
+}
+
+Difference RetrainStage::compare(driver::StageContext& context, const AdaptedModel& model,
+                                 const TrainingData& data,
+                                 const std::filesystem::path& written) const {
+  const driver::RunContext& run = context.run;
+  const bool labelled = data.labelled();
+  const int64_t length =
+      labelled ? options_.sequence_length : std::min(options_.sequence_length, kComparedTokens);
+  const TrainingData few(data.set(), run.seed, length, true);
+  std::vector<UnitBatch> batches;
+  for (int64_t i = 0; i < std::min(kComparedSequences, few.epoch_sequences()); ++i)
+    batches.push_back(few.batch(i, 1));
+  return difference_to_written(model, written, batches, run.seed, *run.workers, run.group);
+}
+
+void RetrainStage::say_merged(driver::StageContext& context, const MergeReport& merged) const {
+  if (options_.merge == Merge::beside)
+    context.progress.say(fmt::format("the adapter stays beside {} nonzeros, {} with it",
+                                     merged.nonzeros_before, merged.nonzeros_after));
+  else
+    context.progress.say(fmt::format(
+        "merged {}: {} nonzeros before, {} after, {} zeros filled ({:.2f} % of the zeros)",
+        merge_name(options_.merge), merged.nonzeros_before, merged.nonzeros_after, merged.filled,
+        100 * merged.share_filled()));
+}
+
+nlohmann::json metrics_of(const train::LoopResult& trained) {
+  const double seconds = trained.seconds;
+  return {{"steps", trained.steps},
+          {"tokens", trained.tokens},
+          {"loss_first", trained.loss_first},
+          {"loss_last", trained.loss_last},
+          {"tokens_per_second", seconds > 0 ? static_cast<double>(trained.tokens) / seconds : 0.0}};
 }
 
 driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const {
   const driver::RunContext& run = context.run;
   const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
-  const model::Architecture architecture = causal_architecture(checkpoint);
-  const data::TokenSet set = open_data(run, architecture, context.input_model);
-  const data::TrainingSampler sampler(set, run.seed, options_.sequence_length,
-                                      options_.train_on_prompt);
-  const std::string base_checksum = driver::tensors_checksum(checkpoint, run.group);
-  const std::string fingerprint =
-      io::checksum(fmt::format("{} {} {} {} {} {}", kNumericsVersion, configuration_,
-                               set.checksum(), base_checksum, run.seed, c10::toString(run.dtype)));
+  const model::Architecture architecture = model::read_architecture(checkpoint);
+  const Sets sets = open_sets(run, architecture, context.input_model);
+  const Start start = find_start(options_, checkpoint, run.group);
+  const std::string fingerprint = io::checksum(
+      fmt::format("{} {} {} {} {} {} {}", kNumericsVersion, configuration_, sets.checksum,
+                  start.base_checksum, run.seed, c10::toString(run.dtype),
+                  run.group.broadcast(run.group.is_root() ? checksum_of_inputs() : "")));
 
-  AdaptedModel model(checkpoint, architecture, run.dtype, *method_, options_.targets);
+  AdaptedModel model(checkpoint, architecture, run.dtype, *method_,
+                     model_options(context, checkpoint, architecture, sets.train, start));
   const std::unique_ptr<train::ParameterSet> parameters = model.make_parameters(run.seed);
-  const train::LoopResult trained = train(context, model, *parameters, sampler, fingerprint);
+  if (start.stored) {
+    const bool with_head = start.stored->copy_into(*parameters, model);
+    context.progress.say(fmt::format("starts from {}{}", start.stored->file().string(),
+                                     model.head() && !with_head ? ", its head left out" : ""));
+  }
+  const int64_t head = model.head_size(), trainable = parameters->size() - head;
+  context.progress.say(
+      fmt::format("{} trainable parameters at {} matrices and {} other tensors, "
+                  "and {} of a head",
+                  trainable, model.targets().size(), model.sites().size(), head));
+  int64_t reported = 0;
+  for (const Target& target : model.targets())
+    reported += method_->reported_parameters(target.weight.size(0), target.weight.size(1));
+  const train::LoopResult trained = train(context, model, *parameters, sets, fingerprint);
 
+  model.adapter().prepare_step(*run.workers);
   if (run.group.is_root())
-    write_adapters(context.directory / "adapters.h5", *parameters, options_.method, base_checksum);
+    write_adapters(context.directory / "adapters.h5", model, *parameters,
+                   {options_.method, options_.settings, start.base_checksum});
   driver::StageResult result;
   result.model = context.directory / "model";
-  const MergeReport merged = write_merged(result.model, checkpoint, model, model.adapter(),
-                                          options_.merge == "masked", *run.workers, run.group);
-  context.progress.say(fmt::format("merged: {} nonzeros before, {} after, {} zeros filled",
-                                   merged.nonzeros_before, merged.nonzeros_after, merged.filled));
-  const double seconds = trained.seconds;
-  result.metrics = {
-      {"method", options_.method},
-      {"steps", trained.steps},
-      {"tokens", trained.tokens},
-      {"trainable_parameters", parameters->size()},
-      {"nonzeros_before", merged.nonzeros_before},
-      {"nonzeros_after", merged.nonzeros_after},
-      {"zeros_filled", merged.filled},
-      {"loss_first", trained.loss_first},
-      {"loss_last", trained.loss_last},
-      {"tokens_per_second", seconds > 0 ? static_cast<double>(trained.tokens) / seconds : 0.0},
-      {"data_checksum", set.checksum()},
-      {"sequence_length", options_.sequence_length}};
+  const MergeReport merged =
+      write_model(result.model, checkpoint, model, options_.merge, *run.workers, run.group);
+  say_merged(context, merged);
+  const Difference difference = compare(context, model, sets.train, result.model);
+
+  result.metrics = metrics_of(trained);
+  result.metrics.update({{"method", options_.method},
+                         {"trainable_parameters", trainable},
+                         {"reported_parameters", reported},  // of the matrices, as its paper counts
+                         {"head_parameters", head},
+                         {"merge", merge_name(options_.merge)},
+                         {"nonzeros_before", merged.nonzeros_before},
+                         {"nonzeros_after", merged.nonzeros_after},
+                         {"zeros_filled", merged.filled},
+                         {"share_of_zeros_filled", merged.share_filled()},
+                         {"merge_largest_logit_difference", difference.largest_logit},
+                         {"merge_kl", difference.mean_kl},
+                         {"merge_compared_positions", difference.positions},
+                         {"data_checksum", sets.train.set().checksum()},
+                         {"sequence_length", options_.sequence_length}});
+  if (sets.validation)
+    result.metrics["validation"] = {
+        {"metric", sets.validation->metric()}, {"sequences", sets.validation->sequences()},
+        {"count", trained.validations},        {"best_step", trained.best_step},
+        {"best_score", trained.best_score},    {"kept_step", trained.kept_step}};
   return result;
 }
 

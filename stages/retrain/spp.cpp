@@ -226,7 +226,12 @@ class SppMethod : public AdapterMethod {
                       "divisor or leave the matrix out of retrain.targets",
                       matrix, rows, columns, options_.groups, rows));
   }
-  std::unique_ptr<Adapter> attach(std::vector<Target> targets) const override {
+  bool needs_kept() const override { return false; }
+  int64_t trainable_parameters(int64_t rows, int64_t columns) const override {
+    return options_.groups * columns + (options_.beta ? rows : 0);
+  }
+  std::unique_ptr<Adapter> attach(std::vector<Target> targets,
+                                  const AttachOptions&) const override {
     for (const Target& t : targets) check(t.name, t.weight.size(0), t.weight.size(1));
     return std::make_unique<Spp>(options_, std::move(targets));
   }
@@ -250,7 +255,8 @@ std::unique_ptr<AdapterMethod> read_spp(const config::Section& section) {
   return make_spp(options);
 }
 
-const AdapterRegistration registration{"spp", read_spp};
+const AdapterRegistration registration{
+    "spp", read_spp, {"row_groups", "scale", "dropout", "beta", "residual", "init"}};
 
 }  // namespace
 

@@ -8,7 +8,9 @@
 #include "pipeline/comm/communicator.h"
 #include "pipeline/linalg/product.h"
 #include "stages/retrain/adapted_model.h"
+#include "stages/retrain/full.h"
 #include "stages/retrain/spp.h"
+#include "stages/retrain/validation.h"
 #include "tests/unit/retrain/tiny_llama.h"
 
 namespace espalier::retrain {
@@ -41,17 +43,20 @@ class Retrain : public testing::Test {
     double dropout = 0;
     bool recompute = false;
     at::ScalarType type = at::kBFloat16;
+    bool full = false;  // every tensor, validated every second step, the best kept
   };
   /// The adapters after kSteps steps; throws Killed on every rank after `killed_after` steps.
   std::vector<float> trained(const Case& c, const comm::Communicator& group, int worker_count,
                              const std::filesystem::path& state = {}, int64_t killed_after = 0) {
     const io::Checkpoint checkpoint = io::Checkpoint::open(directory_);
     const model::Architecture architecture = model::read_architecture(checkpoint);
-    const data::TrainingSampler sampler(data::TokenSet::open(directory_ / "text.h5"), 1, 24, true);
+    const data::TokenSet text = data::TokenSet::open(directory_ / "text.h5");
+    const TrainingData sampler(text, 1, 24, true, {c.full ? 0.3 : 0.0, false});
     SppOptions options;
     options.groups = 8;
     options.dropout = c.dropout;
-    AdaptedModel model(checkpoint, architecture, c.type, *make_spp(options), {});
+    const auto method = c.full ? make_full({}) : make_spp(options);
+    AdaptedModel model(checkpoint, architecture, c.type, *method, {});
     const auto parameters = model.make_parameters(3);
     Workers workers(worker_count, linalg::one_library_thread);
 
@@ -71,14 +76,22 @@ class Retrain : public testing::Test {
           sampler.batch(step * kBatch + unit * kMicroBatch, kMicroBatch),
           {1, step, unit * kMicroBatch, kMicroBatch}, c.recompute, sink);
     };
+    const Validation validation(TrainingData(text, 1, 24, true, {0.3, true}), "loss");
+    problem.validate = [&](int64_t) {
+      return validation.score(validation.measure(model, 1, workers, group));
+    };
+    if (c.full) loop.validate_after = [](int64_t done) { return done % 2 == 0; };
+    loop.keep_best = true;
     train::LoopEvents events;
     int64_t steps = 0;
     events.stop_requested = [&]() -> bool {
       if (++steps == killed_after) throw Killed{};
       return false;
     };
-    train::run_loop(loop, problem, events, workers, group);
-    return {parameters->flat().begin(), parameters->flat().end()};
+    const train::LoopResult result = train::run_loop(loop, problem, events, workers, group);
+    std::vector<float> left(parameters->flat().begin(), parameters->flat().end());
+    if (c.full) left.push_back(static_cast<float>(result.best_score));
+    return left;
   }
 
   comm::Communicator world_;
@@ -86,7 +99,8 @@ class Retrain : public testing::Test {
 };
 
 TEST_F(Retrain, AdaptersAreTheSameBitsOnAnyNumberOfRanksAndWorkers) {
-  for (const Case c : {Case{}, Case{0.1, false, at::kBFloat16}, Case{0, true, at::kFloat}}) {
+  for (const Case c : {Case{}, Case{0.1, false, at::kBFloat16}, Case{0, true, at::kFloat},
+                       Case{0, false, at::kBFloat16, true}}) {
     const std::vector<float> alone = trained(c, comm::Communicator::self(), 1);
     EXPECT_EQ(trained(c, world_, 1), alone);
     EXPECT_EQ(trained(c, world_, 2), alone);

@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "pipeline/errors.h"
-#include "pipeline/io/hdf5.h"
+#include "stages/retrain/adapter_file.h"
 #include "stages/retrain/merge.h"
 #include "stages/retrain/spp.h"
 #include "tests/unit/retrain/tiny_llama.h"
@@ -97,15 +97,26 @@ TEST(AdaptedModel, OnlyTheTargetsAreAdapted) {
     const auto begin = gradient.begin() + p.offset, end = begin + p.value.numel();
     EXPECT_LT(std::count(begin, end, 0.0f), p.value.numel() / 2) << p.name;
   }
-  EXPECT_EQ(matching_layers(tiny.architecture, {"self_attn.*", "q_proj"}).size(), 4u);
-  EXPECT_EQ(matching_layers(tiny.architecture, {}).size(), 7u);
+}
+
+TEST(Selection, GlobsMatchLastPartNameInTheBlockAndWholeName) {
+  const Tiny tiny("selection", 0);
+  const auto method = make_spp(Tiny::options(0));
+  const auto matrices = [&](const std::vector<std::string>& targets) {
+    return select(tiny.checkpoint, tiny.architecture, *method, targets).matrices.size();
+  };
+  EXPECT_EQ(matrices({"self_attn.*", "q_proj"}), 4u * kBlocks);
+  EXPECT_EQ(matrices({}), 7u * kBlocks);
+  EXPECT_EQ(matrices({"model.layers.[12].*"}), 7u * 2);
+  EXPECT_EQ(matrices({"model.layers.1.mlp.up_proj.weight"}), 1u);
   try {
-    matching_layers(tiny.architecture, {"v_porj"});
+    matrices({"v_porj"});
     FAIL();
   } catch (const UserError& error) {
     EXPECT_NE(std::string(error.what()).find("v_porj"), std::string::npos);
     EXPECT_NE(std::string(error.what()).find("down_proj"), std::string::npos);
   }
+  EXPECT_THROW(matrices({"q_proj", "model.norm.weight"}), UserError);  // SPP trains no norm
 }
 
 TEST(AdaptedModel, AWeightThatIsNotFiniteNamesTheBlock) {
@@ -126,8 +137,8 @@ TEST(AdaptedModel, AWeightThatIsNotFiniteNamesTheBlock) {
 TEST(Merge, KeepsEveryZeroAndLeavesAModelWithTheAdaptersLoss) {
   Tiny tiny("merge", 0);
   const auto out = tiny.directory / "merged";
-  const MergeReport report = write_merged(out, tiny.checkpoint, tiny.model, tiny.model.adapter(),
-                                          true, tiny.workers, comm::Communicator::self());
+  const MergeReport report = write_model(out, tiny.checkpoint, tiny.model, Merge::masked,
+                                         tiny.workers, comm::Communicator::self());
   EXPECT_EQ(report.nonzeros_before, report.nonzeros_after);
   EXPECT_EQ(report.filled, 0);
   const io::Checkpoint merged = io::Checkpoint::open(out);
@@ -143,14 +154,31 @@ TEST(Merge, KeepsEveryZeroAndLeavesAModelWithTheAdaptersLoss) {
   EXPECT_EQ(loss, tiny.loss_and_gradient(false).first);
 }
 
-TEST(Merge, AdaptersAreStoredUnderTheirNames) {
+TEST(AdapterFile, IsTakenUpByTheSameMethodAndBaseAndRefusedByOthers) {
   const Tiny tiny("adapters", 0, {"v_proj"});
   const auto file = tiny.directory / "adapters.h5";
-  write_adapters(file, *tiny.parameters, "spp", "sum");
-  const io::Hdf5Reader reader(file);
-  EXPECT_EQ(reader.text_attribute("/", "base_checksum"), "sum");
-  for (const train::Parameter& p : tiny.parameters->parameters())
-    EXPECT_TRUE(at::equal(reader.read("/" + p.name, at::kFloat), p.value)) << p.name;
+  const AdapterIdentity identity{"spp", "{\"scale\":2}", "sum"};
+  write_adapters(file, tiny.model, *tiny.parameters, identity);
+  const StoredAdapter stored = StoredAdapter::read(file);
+
+  Tiny again("adapters_again", 0, {"v_proj"});
+  stored.copy_into(*again.parameters, again.model);
+  EXPECT_TRUE(std::ranges::equal(again.parameters->flat(), tiny.parameters->flat()));
+
+  EXPECT_NO_THROW(stored.require_method(identity));
+  EXPECT_THROW(stored.require_method({"lora", identity.settings, "sum"}), UserError);
+  EXPECT_THROW(stored.require_method({"spp", "{\"scale\":1}", "sum"}), UserError);
+  EXPECT_NO_THROW(stored.require_base("sum", "here"));
+  try {
+    stored.require_base("other", "here");
+    FAIL();
+  } catch (const UserError& error) {
+    EXPECT_NE(std::string(error.what()).find("sum"), std::string::npos);
+    EXPECT_NE(std::string(error.what()).find("other"), std::string::npos);
+  }
+  Tiny more("adapters_more", 0, {"v_proj", "q_proj"}), fewer("adapters_fewer", 0, {"q_proj"});
+  EXPECT_THROW(stored.copy_into(*more.parameters, more.model), UserError);
+  EXPECT_THROW(stored.copy_into(*fewer.parameters, fewer.model), UserError);
 }
 
 }  // namespace

@@ -60,10 +60,37 @@ TEST(RetrainOptions, ContradictionsAreRefusedAtTheirKey) {
   expect_refused({"+retrain.row_group=8"}, {"row_group", "row_groups"});
 }
 
-TEST(RetrainOptions, WhatIsNotCarriedOutIsRefusedInsteadOfIgnored) {
-  expect_refused({"retrain.adapter=previous"}, {"retrain.adapter", "previous"});
-  expect_refused({"retrain.merge=beside"}, {"retrain.merge", "beside"});
-  expect_refused({"retrain.validate.share=0.1"}, {"retrain.validate.share", "not supported"});
+TEST(RetrainOptions, AStartAndAValidationThatContradictThemselvesAreRefused) {
+  expect_refused({"retrain.adapter=older"}, {"retrain.adapter", "new, previous"});
+  expect_refused({"retrain.adapter=previous", "retrain.adapter_from=a.h5"},
+                 {"retrain.adapter_from", "previous"});
+  expect_refused({"retrain.steps=0"}, {"retrain.steps", "adapter_from"});
+  expect_refused({"retrain.merge=sideways"}, {"retrain.merge", "masked, beside, dense"});
+  expect_refused({"retrain.validate.share=1.5"}, {"retrain.validate.share", "(0, 1)"});
+  expect_refused({"retrain.validate.share=0.1", "retrain.validate.data=v.h5"},
+                 {"retrain.validate.share", "validate.data"});
+  expect_refused({"retrain.validate.every=hour"}, {"retrain.validate.every", "epoch"});
+  expect_refused({"retrain.validate.keep=first"}, {"retrain.validate.keep", "best, last"});
+  expect_refused({"retrain.validate.patience=3"}, {"retrain.validate.patience", "share"});
+}
+
+TEST(RetrainOptions, ValidationIsReadWithItsDefaults) {
+  EXPECT_FALSE(read({}).validate.wanted());
+  const ValidateOptions validate =
+      read({"retrain.validate.share=0.1", "retrain.validate.patience=3"}).validate;
+  EXPECT_EQ(validate.share, 0.1);
+  EXPECT_FALSE(validate.every_steps.has_value());
+  EXPECT_TRUE(validate.keep_best);
+  EXPECT_EQ(validate.patience, 3);
+  EXPECT_EQ(read({"retrain.validate.share=0.1", "retrain.validate.every=50"}).validate.every_steps,
+            50);
+}
+
+TEST(RetrainOptions, OnlyWhatTheParametersMeanBelongsToTheirSettings) {
+  const auto settings = [](const std::string& key) { return read({key}).settings; };
+  EXPECT_EQ(settings("retrain.dropout=0.3"), settings("retrain.init=random"));
+  EXPECT_EQ(settings("retrain.learning_rate=0.1"), settings("retrain.steps=3"));
+  EXPECT_NE(settings("retrain.scale=3"), settings("retrain.dropout=0.3"));
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ struct Fixture {
     weight = at::randn({kOut, kIn}).mul(at::rand({kOut, kIn}).gt(0.5)).to(type);
     x = at::randn({kTokens, kIn}).to(type);
     dy = at::randn({kTokens, kOut}).to(type);
-    adapter = make_spp(options)->attach({{"w", 0, weight}});
+    adapter = make_spp(options)->attach({{"w", 0, weight}}, {});
     parameters = std::make_unique<train::ParameterSet>(adapter->initial_parameters(5));
     adapter->bind(*parameters);
     prepare();
@@ -184,7 +184,7 @@ TEST(Spp, MergedForwardIsTheAdaptersForwardToTheBit) {
     f.move_away();
     const at::Tensor merged = f.adapter->merged(0);
     EXPECT_EQ(merged.scalar_type(), type);
-    const auto frozen = make_spp(small())->attach({{"w", 0, merged}});
+    const auto frozen = make_spp(small())->attach({{"w", 0, merged}}, {});
     train::ParameterSet parameters(frozen->initial_parameters(5));  // beta = 0: the matrix itself
     frozen->bind(parameters);
     Workers workers(1);
@@ -228,6 +228,23 @@ TEST(Dropout, DropsTheShareAskedForAndIsTheSameWhateverTheMicroBatch) {
   EXPECT_FLOAT_EQ(whole.max().item<float>(), 1 / 0.75f);
   EXPECT_FALSE(at::equal(whole, dropout(ones, 0.25, {1, 10, 8, 4}, "layer")));
   EXPECT_FALSE(at::equal(whole, dropout(ones, 0.25, {1, 9, 8, 4}, "other")));
+}
+
+TEST(Spp, GradientsAreThoseOfTheMergedWeightReduced) {
+  Fixture f(small(), at::kFloat);
+  f.move_away();
+  const Gradients a = ours(f);
+  // G: the gradient of the merged weight, by autograd in float64.
+  const at::Tensor merged = f.adapter->merged(0).to(at::kDouble).set_requires_grad(true);
+  const at::Tensor y = at::matmul(f.x.to(at::kDouble), merged.t());
+  const at::Tensor g = torch::autograd::grad({y}, {merged}, {f.dy.to(at::kDouble)})[0];
+  const at::Tensor w = f.weight.to(at::kDouble), beta = f.beta().detach().to(at::kDouble);
+  const at::Tensor alpha =
+      at::repeat_interleave(f.alpha().detach().to(at::kDouble), kOut / f.options.groups, 0);
+  const double s = f.options.scale;
+  const at::Tensor rows = s * beta.unsqueeze(1) * w * g;
+  EXPECT_LT(distance(a.alpha, rows.view({f.options.groups, -1, kIn}).sum(1)), 2e-6);
+  EXPECT_LT(distance(a.beta, s * (alpha * w * g).sum(1)), 2e-6);
 }
 
 }  // namespace

@@ -187,6 +187,87 @@ TEST(Loop, AGradientThatIsNotFiniteNamesParameterAndStep) {
   }
 }
 
+/// Scores by the step that is validated; what is left is told apart by its values.
+struct Validated {
+  std::vector<double> scores;  // by validation, every two steps
+  int64_t patience = 0;
+  bool keep_best = true;
+  int64_t killed_in_validation = 0;  // throws behind that validation, before anything is saved
+
+  struct Killed {};
+  LoopResult run(Toy& toy, const std::filesystem::path& state = {}) const {
+    Workers workers(1);
+    Problem problem = toy.problem();
+    int64_t count = 0;
+    problem.validate = [&](int64_t steps) {
+      if (++count == killed_in_validation) throw Killed{};
+      return scores.at(steps / 2 - 1);
+    };
+    LoopOptions o = options();
+    o.validate_after = [](int64_t steps) { return steps % 2 == 0; };
+    o.keep_best = keep_best;
+    o.patience = patience;
+    o.checkpoint_file = state;
+    o.checkpoint_every = state.empty() ? 0 : 3;
+    return run_loop(o, problem, {}, workers, comm::Communicator::self());
+  }
+};
+
+/// The values after `steps` steps of the same training.
+std::vector<float> values_after(int64_t steps) {
+  Toy toy;
+  Problem problem = toy.problem();
+  Workers workers(1);
+  LoopOptions o = options();
+  o.steps = steps;
+  run_loop(o, problem, {}, workers, comm::Communicator::self());
+  return values(toy);
+}
+
+TEST(Loop, TheEarliestBestOfTheValidationsIsKept) {
+  Toy best, last;
+  const LoopResult result = Validated{{5, 3, 4, 3, 6, 9}}.run(best);
+  EXPECT_EQ(result.best_step, 4);
+  EXPECT_EQ(result.kept_step, 4);
+  EXPECT_EQ(result.best_score, 3);
+  EXPECT_EQ(result.validations, 6);
+  EXPECT_EQ(values(best), values_after(4));
+  Validated to_the_end{{5, 3, 4, 3, 6, 9}};
+  to_the_end.keep_best = false;
+  EXPECT_EQ(to_the_end.run(last).kept_step, 12);
+  EXPECT_EQ(values(last), values_after(12));
+}
+
+TEST(Loop, PatienceEndsTheTraining) {
+  Toy toy;
+  Validated impatient{{5, 3, 4, 3, 6, 9}};
+  impatient.patience = 2;
+  const LoopResult result = impatient.run(toy);
+  EXPECT_EQ(result.steps, 8);
+  EXPECT_EQ(values(toy), values_after(4));
+}
+
+TEST(Loop, KilledBetweenValidatingAndSavingIsTheUndisturbedRun) {
+  for (const int64_t patience : {0, 3})
+    for (int64_t kill = 1; kill <= 5; ++kill) {
+      const auto state = fresh("killed");
+      Validated run{{5, 3, 4, 3.5, 6, 9}};
+      run.patience = patience;
+      Toy undisturbed, killed, resumed, again;
+      const LoopResult whole = run.run(undisturbed);
+      Validated dying = run;
+      dying.killed_in_validation = kill;
+      EXPECT_THROW(dying.run(killed, state), Validated::Killed);
+      const LoopResult result = run.run(resumed, state);
+      EXPECT_EQ(values(resumed), values(undisturbed)) << kill;
+      EXPECT_EQ(result.best_step, whole.best_step);
+      EXPECT_EQ(result.validations, whole.validations);
+      EXPECT_EQ(result.steps, whole.steps);
+      EXPECT_EQ(run.run(again, state).best_step, whole.best_step);  // nothing is left to do
+      EXPECT_EQ(values(again), values(undisturbed));
+    }
+}
+
 TEST(StepCheckpoint, AStateOfAnotherTrainingIsRefused) {
   StepCheckpoint c;
   c.step = 3;

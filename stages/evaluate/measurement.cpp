@@ -1,0 +1,50 @@
+#include "stages/evaluate/measurement.h"
+
+#include <fmt/format.h>
+
+#include <map>
+#include <vector>
+
+#include "pipeline/errors.h"
+
+namespace espalier::evaluate {
+namespace {
+
+std::map<std::string, MeasurementFactory>& factories() {
+  static std::map<std::string, MeasurementFactory> all;
+  return all;
+}
+
+}  // namespace
+
+MeasurementRegistration::MeasurementRegistration(const std::string& kind,
+                                                 MeasurementFactory factory) {
+  factories()[kind] = std::move(factory);
+}
+
+std::unique_ptr<Measurement> make_measurement(const std::string& name,
+                                              const config::Section& section) {
+  std::vector<std::string> kinds;
+  for (const auto& [kind, factory] : factories()) kinds.push_back(kind);
+  const std::string kind = section.choice("kind", kinds);
+  auto measurement = factories().at(kind)(section);
+  measurement->name = name;
+  measurement->file = section.text("data");
+  return measurement;
+}
+
+void require_language_model(const model::Architecture& architecture,
+                            const std::filesystem::path& directory, const std::string& kind) {
+  if (architecture.task != model::Task::causal || architecture.head.empty())
+    throw UserError(fmt::format(
+        "{}: {} is of causal language models; this is {}{}", directory.string(), kind,
+        architecture.model_type,
+        architecture.task == model::Task::causal ? " without an output embedding" : ""));
+}
+
+void refuse_key(const config::Section& section, const std::string& key, const std::string& reader) {
+  if (section.optional_integer(key).value_or(0) != 0)
+    section.fail(key, fmt::format("is read by {} only; leave it out here", reader));
+}
+
+}  // namespace espalier::evaluate

@@ -1,0 +1,51 @@
+#pragma once
+/// One entry of evaluate.tasks: a kind of measurement on a data set. A kind is one file that
+/// registers itself; adding one needs no line elsewhere.
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "pipeline/config/section.h"
+#include "pipeline/driver/stage.h"
+#include "pipeline/io/checkpoint.h"
+#include "pipeline/model/architecture.h"
+
+namespace espalier::evaluate {
+
+class Measurement {
+ public:
+  virtual ~Measurement() = default;
+  /// What can be refused before any work, against the model the run starts from. Throws UserError.
+  virtual void check(const driver::RunContext& run, const model::Architecture& architecture,
+                     const std::filesystem::path& start_model) const = 0;
+  /// The task's row of metrics ("kind", the figures, what they were taken of). Collective.
+  virtual nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                                 const model::Architecture& architecture) const = 0;
+
+  std::string name;            ///< the key under evaluate.tasks
+  std::filesystem::path file;  ///< the data set it reads
+};
+
+/// Reads the kind's own keys. `kind` and `data` are read by make_measurement.
+using MeasurementFactory = std::function<std::unique_ptr<Measurement>(const config::Section&)>;
+
+/// const MeasurementRegistration registration{"perplexity", make};
+struct MeasurementRegistration {
+  MeasurementRegistration(const std::string& kind, MeasurementFactory factory);
+};
+
+/// Throws UserError placed at `kind` that lists the kinds there are.
+std::unique_ptr<Measurement> make_measurement(const std::string& name,
+                                              const config::Section& section);
+
+/// Throws UserError unless the model predicts tokens from those before them.
+void require_language_model(const model::Architecture& architecture,
+                            const std::filesystem::path& directory, const std::string& kind);
+
+/// Refuses a key that another kind reads, unless it is left as it stands in the files: null or 0.
+void refuse_key(const config::Section& section, const std::string& key, const std::string& reader);
+
+}  // namespace espalier::evaluate

@@ -1,0 +1,229 @@
+/// Multiple choice as EleutherAI's harness has it: the choice whose text the model finds likeliest
+/// behind its context, by the summed log-likelihood (accuracy), by that divided by the choice's
+/// characters (accuracy_by_characters, the harness's acc_norm) and by its tokens. Equals go to the
+/// first choice.
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "pipeline/data/sampler.h"
+#include "pipeline/data/sequence_batch.h"
+#include "pipeline/data/token_set.h"
+#include "pipeline/errors.h"
+#include "pipeline/train/cross_entropy.h"
+#include "stages/evaluate/answers.h"
+#include "stages/evaluate/measurement.h"
+#include "stages/evaluate/score_units.h"
+
+namespace espalier::evaluate {
+namespace {
+
+constexpr int64_t kUnitTokens = 1024;
+
+/// A row as the model reads it: its last `length` tokens.
+struct Row {
+  int64_t begin = 0, length = 0, scored = 0;
+};
+
+class MultipleChoice : public Measurement {
+ public:
+  explicit MultipleChoice(const config::Section& section)
+      : length_(section.integer_or("sequence_length", 2048, {.low = 2, .high = 1e6})),
+        shots_(section.integer_or("shots", 0, {.low = 0, .high = 1000})),
+        answers_(section.flag_or("answers", false)) {
+    refuse_key(section, "segments", "perplexity");
+  }
+
+  void check(const driver::RunContext&, const model::Architecture& architecture,
+             const std::filesystem::path& start_model) const override {
+    require_language_model(architecture, start_model, "multiple_choice");
+    rows_of(open(architecture, start_model));
+  }
+
+  nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                         const model::Architecture& architecture) const override {
+    const data::TokenSet set = open(architecture, context.input_model);
+    const std::vector<Row> rows = rows_of(set);
+    const std::vector<double> likelihoods = score(context, checkpoint, architecture, set, rows);
+    const int64_t questions = set.questions();
+    const auto share = [&](const std::function<double(int64_t)>& value) {
+      int64_t right = 0;
+      for (int64_t q = 0; q < questions; ++q)
+        right += best(set, q, value) == static_cast<int64_t>(set.label(q));
+      return static_cast<double>(right) / static_cast<double>(questions);
+    };
+    const auto divided = [&](auto&& by) {
+      return [&, by](int64_t row) { return likelihoods[row] / static_cast<double>(by(row)); };
+    };
+    const double plain = share([&](int64_t row) { return likelihoods[row]; });
+    const double by_characters = share(divided([&](int64_t row) { return set.characters(row); }));
+    const double by_tokens = share(divided([&](int64_t row) { return rows[row].scored; }));
+    int64_t tokens = 0, cut = 0;
+    for (size_t row = 0; row < rows.size(); ++row) {
+      tokens += rows[row].scored;
+      cut += rows[row].begin > 0;
+    }
+    nlohmann::json result = {
+        {"kind", "multiple_choice"},
+        {"reported", nlohmann::json::array({"accuracy", "accuracy_by_characters"})},
+        {"accuracy", plain},
+        {"accuracy_by_characters", by_characters},
+        {"accuracy_by_tokens", by_tokens},
+        {"standard_error", std::sqrt(plain * (1 - plain) / std::max<double>(1, questions - 1.0))},
+        {"questions", questions},
+        {"choices", set.documents()},
+        {"tokens", tokens},
+        {"rows_cut", cut},
+        {"shots", set.shots()},
+        {"sequence_length", length_},
+        {"data_checksum", set.checksum()}};
+    if (answers_)
+      result["answers"] = write_answers(context, name, questions, [&](int64_t q) {
+        const auto first = likelihoods.begin() + set.first_choice(q);
+        return nlohmann::json{
+            {"question", q},
+            {"label", set.label(q)},
+            {"log_likelihoods",
+             std::vector<double>(first, likelihoods.begin() + set.first_choice(q + 1))}};
+      });
+    context.progress.say(
+        fmt::format("{}: accuracy {:.4f}, by characters {:.4f}, by tokens {:.4f} ({} questions)",
+                    name, plain, by_characters, by_tokens, questions));
+    if (cut > 0)
+      context.progress.say(
+          fmt::format("{}: {} rows are longer than sequence_length {} and lost their beginning",
+                      name, cut, length_));
+    context.progress.metric({{"task", name},
+                             {"accuracy", plain},
+                             {"accuracy_by_characters", by_characters},
+                             {"accuracy_by_tokens", by_tokens}});
+    return result;
+  }
+
+ private:
+  data::TokenSet open(const model::Architecture& architecture,
+                      const std::filesystem::path& model) const {
+    data::TokenSet set = data::TokenSet::open(file);
+    if (set.questions() == 0)
+      throw UserError(
+          fmt::format("{}: is of kind \"{}\" and has no questions; prepare it with "
+                      "--format choices",
+                      set.path().string(), set.kind()));
+    if (set.shots() != shots_)
+      throw UserError(
+          fmt::format("{}: was prepared with {} shots, evaluate.tasks.{}.shots asks for {}; the "
+                      "solved examples "
+                      "are part of the tokens: prepare it with --shots {}",
+                      set.path().string(), set.shots(), name, shots_, shots_));
+    set.require_vocabulary(architecture.vocabulary, model.string());
+    if (!architecture.position_embedding.empty() && length_ > architecture.max_positions)
+      throw UserError(fmt::format("{}: sequence_length {} is above the {} learned positions of {}",
+                                  set.path().string(), length_, architecture.max_positions,
+                                  model.string()));
+    return set;
+  }
+
+  /// Too long a row loses its beginning, as in the harness; the choice itself must fit.
+  std::vector<Row> rows_of(const data::TokenSet& set) const {
+    std::vector<Row> rows;
+    for (int64_t d = 0; d < set.documents(); ++d) {
+      const int64_t whole = set.document_tokens(d);
+      // The last token is only predicted, so a row holds one more than the model reads.
+      Row row{std::max<int64_t>(0, whole - length_ - 1), 0, 0};
+      row.length = whole - row.begin;
+      const at::Tensor counts = set.loss_mask(d, 0, whole);
+      row.scored = counts.sum().item<int64_t>();
+      if (row.scored < 1 || row.length < 2 || counts.narrow(0, 0, row.begin + 1).any().item<bool>())
+        throw UserError(fmt::format(
+            "{}: row {} of {} tokens scores {}: a choice needs a token, something before it, and "
+            "room in sequence_length {}",
+            set.path().string(), d, whole, row.scored, length_));
+      rows.push_back(row);
+    }
+    return rows;
+  }
+
+  /// Every row's summed log-likelihood of its scored tokens.
+  std::vector<double> score(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                            const model::Architecture& architecture, const data::TokenSet& set,
+                            const std::vector<Row>& rows) const {
+    std::vector<int64_t> lengths;
+    for (const Row& row : rows) lengths.push_back(row.length - 1);
+    const auto units = data::units_by_length(lengths, kUnitTokens);
+    UnitWork work{"batches",
+                  static_cast<int64_t>(units.size()),
+                  std::max(kUnitTokens, lengths[units.front().front()]),
+                  {},
+                  {}};
+    const auto shape = [&](int64_t unit) {
+      return model::UnitShape{
+          static_cast<int64_t>(units[unit].size()), lengths[units[unit].front()], {}};
+    };
+    // Padding stands behind: under causal attention no scored token sees it.
+    work.input = [&](int64_t unit) {
+      UnitInput input{{}, shape(unit)};
+      at::Tensor tokens = at::zeros({input.shape.sequences, input.shape.length}, at::kLong);
+      for (int64_t i = 0; i < input.shape.sequences; ++i) {
+        const int64_t document = units[unit][i], length = lengths[document];
+        tokens[i].narrow(0, 0, length).copy_(set.document(document, rows[document].begin, length));
+      }
+      input.tokens = tokens.flatten();
+      return input;
+    };
+    work.score = [&](int64_t unit, const UnitInput& input, const at::Tensor& x,
+                     const model::Ends& ends) {
+      at::Tensor labels =
+          at::full({input.shape.sequences, input.shape.length}, data::kIgnored, at::kLong);
+      for (int64_t i = 0; i < input.shape.sequences; ++i) {
+        const int64_t document = units[unit][i], length = lengths[document];
+        const int64_t next = rows[document].begin + 1;
+        labels[i]
+            .narrow(0, 0, length)
+            .copy_(set.document(document, next, length)
+                       .masked_fill(set.loss_mask(document, next, length).logical_not(),
+                                    data::kIgnored));
+      }
+      const at::Tensor losses = train::token_losses(x, ends.head, labels.flatten());
+      const double* loss = losses.const_data_ptr<double>();
+      std::vector<double> sums(units[unit].size(), 0.0);
+      for (int64_t i = 0; i < losses.numel(); ++i) sums[i / input.shape.length] -= loss[i];
+      return sums;
+    };
+    const auto scores = score_units(context, checkpoint, architecture, work);
+    std::vector<double> likelihoods(rows.size());
+    for (size_t unit = 0; unit < units.size(); ++unit)
+      for (size_t i = 0; i < units[unit].size(); ++i) {
+        if (!std::isfinite(scores[unit][i]))
+          throw NumericalError(
+              fmt::format("evaluate: the log-likelihood of row {} of {} is not "
+                          "finite",
+                          units[unit][i], set.path().string()));
+        likelihoods[units[unit][i]] = scores[unit][i];
+      }
+    return likelihoods;
+  }
+
+  /// The choice of the largest value, the first of equals.
+  static int64_t best(const data::TokenSet& set, int64_t question,
+                      const std::function<double(int64_t)>& value) {
+    const int64_t first = set.first_choice(question), last = set.first_choice(question + 1);
+    int64_t winner = first;
+    for (int64_t row = first + 1; row < last; ++row)
+      if (value(row) > value(winner)) winner = row;
+    return winner - first;
+  }
+
+  int64_t length_, shots_;
+  bool answers_;
+};
+
+const MeasurementRegistration registration{
+    "multiple_choice", [](const config::Section& section) -> std::unique_ptr<Measurement> {
+      return std::make_unique<MultipleChoice>(section);
+    }};
+
+}  // namespace
+}  // namespace espalier::evaluate

@@ -1,0 +1,120 @@
+#include "stages/export/terms.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+
+#include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/io/safetensors.h"
+#include "pipeline/model/added_terms.h"
+#include "pipeline/model/architecture.h"
+
+namespace espalier::exporting {
+namespace {
+
+using nlohmann::json;
+using Tensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+std::map<std::string, model::AddedTerms> all_terms(const io::Checkpoint& checkpoint) {
+  std::map<std::string, model::AddedTerms> all;
+  for (const std::string& matrix : model::matrices_with_terms(checkpoint)) {
+    const std::vector<int64_t>& shape = checkpoint.info(matrix).shape;
+    if (shape.size() != 2)
+      throw UserError(fmt::format("{}: {} has added terms and is no matrix",
+                                  checkpoint.directory().string(), matrix));
+    if (const auto terms = model::load_terms(checkpoint, matrix, shape[0], shape[1]))
+      all.emplace(matrix, *terms);
+  }
+  return all;
+}
+
+/// "model.layers.0.self_attn.q_proj" of its weight's name.
+std::string module_of(const std::string& matrix) {
+  return matrix.substr(0, matrix.rfind(".weight"));
+}
+
+json peft_config(const io::Checkpoint& checkpoint,
+                 const std::map<std::string, model::AddedTerms>& all) {
+  json modules = json::array(), ranks = json::object();
+  int64_t largest = 0;
+  for (const auto& [matrix, terms] : all) {
+    modules.push_back(module_of(matrix));
+    ranks[module_of(matrix)] = terms.down.size(0);
+    largest = std::max(largest, terms.down.size(0));
+  }
+  const model::Architecture architecture = model::read_architecture(checkpoint);
+  const bool causal = architecture.task == model::Task::causal && !checkpoint.has("score.weight");
+  return {{"peft_type", "LORA"},
+          {"task_type", causal ? "CAUSAL_LM" : "SEQ_CLS"},
+          {"base_model_name_or_path", ".."},
+          {"r", largest},
+          {"lora_alpha", largest},
+          {"rank_pattern", ranks},
+          {"alpha_pattern", ranks},  // alpha = r: the scales are inside lora_B
+          {"target_modules", modules},
+          {"lora_dropout", 0.0},
+          {"bias", "none"},
+          {"fan_in_fan_out", false},
+          {"inference_mode", true}};
+}
+
+void write_peft(const io::Checkpoint& checkpoint, const std::filesystem::path& directory,
+                const std::map<std::string, model::AddedTerms>& all) {
+  Tensors tensors;
+  for (const auto& [matrix, terms] : all) {
+    const std::string stem = "base_model.model." + module_of(matrix);
+    tensors.emplace_back(stem + ".lora_A.weight", terms.down.contiguous());
+    tensors.emplace_back(stem + ".lora_B.weight", (terms.up * terms.scale).contiguous());
+  }
+  io::write_safetensors(directory / "adapter_model.safetensors", tensors, {{"format", "pt"}});
+  io::write_file(directory / "adapter_config.json", peft_config(checkpoint, all).dump(2) + "\n");
+}
+
+void write_own(const std::filesystem::path& directory,
+               const std::map<std::string, model::AddedTerms>& all) {
+  Tensors tensors;
+  for (const auto& [matrix, terms] : all) {
+    const int64_t out = terms.up.size(0), in = terms.down.size(1);
+    for (auto& part : model::stored_terms(matrix, terms, out, in))
+      tensors.push_back(std::move(part));
+  }
+  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) {
+    return a.second.element_size() > b.second.element_size();
+  });
+  io::write_safetensors(directory / "terms.safetensors", tensors, {{"format", "pt"}});
+}
+
+}  // namespace
+
+Terms write_terms(const io::Checkpoint& model, const std::filesystem::path& directory, bool write) {
+  const std::filesystem::path adapter = directory / "adapter";
+  const std::string config = "adapter/adapter_config.json";
+  const std::string products_file = "adapter/adapter_model.safetensors";
+  const std::string own_file = "adapter/terms.safetensors";
+  if (write)  // an earlier export's
+    for (const std::string& file : {config, products_file, own_file})
+      std::filesystem::remove(directory / file);
+  const auto all = all_terms(model);
+  if (all.empty()) return {};
+  if (write) std::filesystem::create_directories(adapter);
+  const bool products = std::all_of(all.begin(), all.end(), [](const auto& entry) {
+    return entry.second.low_rank() && !entry.second.sparse() && !entry.second.bias.defined();
+  });
+  if (products) {
+    if (write) write_peft(model, adapter, all);
+    return {{config, products_file},
+            fmt::format("the adapter beside {} matrices is in {}, as peft loads it", all.size(),
+                        adapter.string())};
+  }
+  if (write) write_own(adapter, all);
+  return {{own_file},
+          fmt::format("what stands beside {} matrices is in {}: it is more than low-rank products, "
+                      "so no other library loads it; retrain with steps: 0, adapter: previous and "
+                      "merge: dense puts it into the matrices",
+                      all.size(), (directory / own_file).string())};
+}
+
+}  // namespace espalier::exporting

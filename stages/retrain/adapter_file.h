@@ -1,0 +1,53 @@
+#pragma once
+/// adapters.h5: the trained numbers of a retraining, to go on from or to apply to the same base.
+///
+/// /<parameter>          float32, under its name ("model.layers.3.self_attn.q_proj.weight/alpha")
+/// /frozen/<name>        what the method needs beside them (bases, index sets, random matrices),
+///                       with an attribute "type"
+/// /head/<tensor>        a classification head, float32
+/// attributes of "/":    method, settings (JSON of the method's keys), base_checksum
+
+#include <filesystem>
+#include <map>
+#include <string>
+
+#include "pipeline/train/parameters.h"
+#include "stages/retrain/adapted_model.h"
+
+namespace espalier::retrain {
+
+struct AdapterIdentity {
+  std::string method;
+  std::string settings;       ///< the method's keys that give the parameters their meaning
+  std::string base_checksum;  ///< of the model the adapter stands on
+};
+
+void write_adapters(const std::filesystem::path& file, const AdaptedModel& model,
+                    const train::ParameterSet& parameters, const AdapterIdentity& identity);
+
+class StoredAdapter {
+ public:
+  /// Reads the file whole; it is hostile. Throws UserError naming file and data set.
+  static StoredAdapter read(const std::filesystem::path& file);
+
+  const std::filesystem::path& file() const { return file_; }
+  const AdapterIdentity& identity() const { return identity_; }
+  const std::map<std::string, at::Tensor>& frozen() const { return frozen_; }
+
+  /// Throws UserError stating both sides unless method and settings are these.
+  void require_method(const AdapterIdentity& wanted) const;
+  /// Throws UserError with both checksums unless the base is this one.
+  void require_base(const std::string& base_checksum, const std::string& model) const;
+
+  /// Puts the stored values in the place of those at the start. The head is taken when every tensor
+  /// of it fits, otherwise it starts anew; returns whether it was. Throws UserError naming the
+  /// parameter that is missing, left over or of another shape.
+  bool copy_into(train::ParameterSet& parameters, const AdaptedModel& model) const;
+
+ private:
+  std::filesystem::path file_;
+  AdapterIdentity identity_;
+  std::map<std::string, at::Tensor> values_, head_, frozen_;
+};
+
+}  // namespace espalier::retrain

@@ -1,0 +1,132 @@
+"""Retraining as a person runs it: validation, kills, stored adapters, labelled data, what is written."""
+
+import json
+import signal
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from program import Started, differences, results, run, run_well, settings
+from small_model import VOCABULARY, text_tokens, write_files
+
+FULL = dict(pipeline="[prune,retrain,evaluate]", retrain="full", retrain__method="full", retrain__epochs="null",
+            retrain__learning_rate=0.002, retrain__merge="masked", retrain__micro_batch_size=1,
+            retrain__steps=24, retrain__validate__share=0.2, retrain__validate__every=3)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("small"), 3)
+
+
+@pytest.fixture(scope="module")
+def validated(files, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("validated") / "run"
+    run_well(*settings(files, run_dir, **FULL), ranks=2)
+    return run_dir
+
+
+def metrics_of(run_dir: Path, stage: str) -> dict:
+    return json.loads((run_dir / stage / "metrics.json").read_text())
+
+
+def validations(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+             if line.endswith("\n")]
+    return [line for line in lines if line.get("event") == "validation"]
+
+
+def test_the_earliest_best_validation_is_what_the_next_stage_reads(validated):
+    lines = validations(validated)
+    assert [line["step"] for line in lines] == list(range(3, 25, 3))
+    losses = [line["loss"] for line in lines]
+    best = lines[losses.index(min(losses))]
+    metrics = metrics_of(validated, "02-retrain")
+    assert metrics["validation"]["best_step"] == metrics["validation"]["kept_step"] == best["step"]
+    assert metrics["validation"]["best_score"] == best["loss"]
+    assert best["perplexity"] == pytest.approx(np.exp(best["loss"]))
+    assert metrics["zeros_filled"] == 0
+    assert metrics["merge_largest_logit_difference"] < 0.05
+
+
+def test_validated_training_has_the_same_bits_on_one_two_and_three_ranks(files, validated, tmp_path):
+    for ranks in (1, 3):
+        run_dir = tmp_path / str(ranks)
+        run_well(*settings(files, run_dir, **FULL), ranks=ranks)
+        assert differences(results(run_dir), results(validated)) == []
+
+
+def test_a_kill_behind_a_validation_leaves_the_bits_of_an_undisturbed_run(files, validated, tmp_path):
+    run_dir = tmp_path / "run"
+    command = settings(files, run_dir, **FULL)
+    for count in (2, 5):
+        job = Started(command, ranks=2)
+        job.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(validations(run_dir)) >= count)
+        job.signal(signal.SIGKILL, [0])
+        assert job.end(timeout=30).code != 0
+    run_well(*command, ranks=2)
+    assert differences(results(run_dir), results(validated)) == []
+
+
+def test_a_stored_adapter_is_applied_to_its_base_and_refused_on_another(files, validated, tmp_path):
+    adapters = validated / "02-retrain" / "adapters.h5"
+    again = {**FULL, "retrain__validate__share": "null", "retrain__steps": 0, "retrain__adapter_from": adapters}
+    run_dir = tmp_path / "again"
+    run_well(*settings(files, run_dir, **again))
+    with h5py.File(adapters) as one, h5py.File(run_dir / "02-retrain" / "adapters.h5") as other:
+        name = "model.layers.0.self_attn.q_proj.weight/value"
+        assert np.array_equal(one[name][()], other[name][()])
+    assert metrics_of(run_dir, "03-evaluate") == metrics_of(validated, "03-evaluate")
+    ended = run(*settings(files, tmp_path / "other", **{**again, "prune.pattern": "1:4"}))
+    assert ended.code != 0
+    with h5py.File(adapters) as one:
+        assert one.attrs["base_checksum"].decode() in ended.errors
+    assert ended.errors.count("checksum") >= 1
+
+
+# ------------------------------------------------------------------------------------- labelled data
+def write_labelled(file: Path, model: Path, classes: int, rows: int = 48) -> Path:
+    """The class is told by the first token."""
+    import hashlib
+    labels = np.arange(rows) % max(classes, 2)
+    documents = [np.concatenate([[10 + label], text_tokens(6 + row % 5, row)]).astype(np.int32)
+                 for row, label in enumerate(labels)]
+    with h5py.File(file, "w") as out:
+        out["tokens"] = np.concatenate(documents)
+        out["offsets"] = np.cumsum([0] + [len(document) for document in documents]).astype(np.int64)
+        out["labels"] = labels.astype(np.int64) if classes else labels.astype(np.float32)
+        out.attrs["kind"] = np.bytes_("glue")
+        out.attrs["task"] = np.bytes_("RTE" if classes else "STS-B")
+        out.attrs["classes"] = np.int64(classes)
+        out.attrs["label_names"] = np.bytes_("\n".join(f"c{c}" for c in range(classes)))
+        out.attrs["tokenizer_checksum"] = np.bytes_(hashlib.sha256((model / "tokenizer.json").read_bytes()).hexdigest())
+        out.attrs["vocabulary_size"] = np.int64(VOCABULARY)
+        out.attrs["end_token"] = np.int64(0)
+    return file
+
+
+@pytest.mark.parametrize("classes", [3, 0])
+def test_a_head_is_trained_on_labels_and_loads_in_transformers(files, tmp_path, classes):
+    labelled = write_labelled(tmp_path / "labelled.h5", files.model, classes)
+    changes = {**FULL, "pipeline": "[retrain,export]", "data__train": labelled, "retrain__steps": 60,
+               "retrain__batch_size": 8, "retrain__learning_rate": 0.003, "model__dtype": "float32",
+               "retrain__validate__share": 0.25, "retrain__validate__every": 20,
+               "retrain__validate__metric": "task", "retrain__head_learning_rate": 0.01}
+    run_dir = tmp_path / "run"
+    run_well(*settings(files, run_dir, **changes))
+    metrics = metrics_of(run_dir, "01-retrain")
+    assert metrics["head_parameters"] == max(classes, 1) * 64
+    assert metrics["loss_last"] < 0.5 * metrics["loss_first"]
+    last = validations(run_dir)[-1]
+    assert last["accuracy" if classes else "pearson"] > 0.8
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(run_dir / "02-export" / "model")
+    assert model.config.num_labels == max(classes, 1)
+    with h5py.File(labelled) as data:
+        tokens = torch.tensor(data["tokens"][data["offsets"][0]:data["offsets"][1]].astype(np.int64))
+        label = float(data["labels"][0])
+    logits = model(tokens[None]).logits[0].detach()
+    assert (int(logits.argmax()) if classes else round(float(logits[0]))) == int(label)
