@@ -6,6 +6,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <limits>
 
 #include "pipeline/errors.h"
 
@@ -54,11 +55,11 @@ constexpr std::array<int, 3> kShift = {20, 9, 0};  // 11, 11 and 9 bits; the sig
 constexpr std::array<int, 3> kBits = {11, 11, 9};
 constexpr int64_t kMostBins = 2048;
 
-// Where a selection stands: the leading bits found, and its position among the values that have
-// them.
+// Where a selection stands: the leading bits found, its position among the values that have them,
+// and how many have them.
 struct Search {
   int32_t prefix = 0;
-  int64_t k = 0;
+  int64_t k = 0, matching = 0;
 };
 
 struct Item {
@@ -122,6 +123,7 @@ void descend(Search& search, const int64_t* bins, int round, int64_t selection, 
         fmt::format("selection {} asks for position {}, which is outside its values over all ranks",
                     selection, k));
   search.prefix = (search.prefix << kBits[round]) | static_cast<int32_t>(bin);
+  search.matching = bins[bin];
 }
 
 // The value of each selection, and its position among the values equal to it.
@@ -190,14 +192,36 @@ std::vector<float> kth_smallest(const std::vector<Selection>& batch, Workers& wo
   return values;
 }
 
+std::vector<Cut> cut_smallest(const std::vector<Selection>& batch,
+                              std::span<const std::vector<int64_t>> piece_index, Workers& workers,
+                              const comm::Communicator& group) {
+  std::vector<Cut> cuts(batch.size());
+  std::vector<Selection> last;  // of each the largest value that goes
+  std::vector<size_t> of;
+  for (size_t s = 0; s < batch.size(); ++s) {
+    if (batch[s].k == 0) continue;
+    last.push_back({batch[s].pieces, batch[s].k - 1});
+    of.push_back(s);
+  }
+  if (last.empty()) return cuts;
+  const std::vector<Search> searches = find(last, workers, group);
+  for (size_t i = 0; i < of.size(); ++i) {
+    const Search& search = searches[i];
+    Cut& cut = cuts[of[i]];
+    cut.threshold = std::bit_cast<float>(search.prefix);
+    const bool all_ties_go = search.k + 1 == search.matching;
+    cut.first_kept_index =
+        all_ties_go
+            ? std::numeric_limits<int64_t>::max()
+            : index_of_tie(batch[of[i]], piece_index[of[i]], cut.threshold, search.k, group) + 1;
+  }
+  return cuts;
+}
+
 Cut cut_smallest(const Selection& selection, std::span<const int64_t> piece_index, Workers& workers,
                  const comm::Communicator& group) {
-  if (selection.k == 0) return {};
-  Selection last = selection;
-  last.k = selection.k - 1;
-  const Search search = find({last}, workers, group).front();
-  const float threshold = std::bit_cast<float>(search.prefix);
-  return {threshold, index_of_tie(selection, piece_index, threshold, search.k, group) + 1};
+  const std::vector<int64_t> index(piece_index.begin(), piece_index.end());
+  return cut_smallest({selection}, std::span(&index, 1), workers, group).front();
 }
 
 }  // namespace espalier::linalg

@@ -23,14 +23,20 @@ std::vector<float> kth_smallest(const std::vector<Selection>& batch, Workers& wo
                                 const comm::Communicator& group);
 
 /// Where exactly-k selections cut: a value goes when it is < threshold, or == threshold and its
-/// global index is < first_kept_index. k = 0 gives a cut that takes nothing.
+/// global index is < first_kept_index (the largest int64 when all ties go). k = 0 gives a cut that
+/// takes nothing.
 struct Cut {
   float threshold = 0;
   int64_t first_kept_index = 0;
 };
 
-/// The cut that takes exactly the k smallest, ties by ascending index. piece_index[i] is the global
-/// index of pieces[i]'s first value (pieces are contiguous index ranges). Collective.
+/// The cuts that take exactly each selection's k smallest, ties by ascending index. piece_index[i]
+/// is the global index of pieces[i]'s first value (pieces are contiguous index ranges). Three
+/// collectives for all selections, and two for each whose k-th value has ties on both sides.
+std::vector<Cut> cut_smallest(const std::vector<Selection>& batch,
+                              std::span<const std::vector<int64_t>> piece_index, Workers& workers,
+                              const comm::Communicator& group);
+/// The same of one selection.
 Cut cut_smallest(const Selection& selection, std::span<const int64_t> piece_index, Workers& workers,
                  const comm::Communicator& group);
 

@@ -3,17 +3,17 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <map>
 #include <string>
 
 #include "pipeline/io/hdf5.h"
+#include "pipeline/io/json.h"
 #include "pipeline/io/safetensors.h"
 
 namespace espalier::prune {
 namespace {
 
-constexpr const char* kDamping = "damping";  // in the journal, beside the columns of each matrix
+constexpr const char* kReport = "report";  // in the journal, beside the columns of each matrix
 
 at::Tensor pack_bits(const at::Tensor& mask) {
   const int64_t rows = mask.size(0), columns = mask.size(1), width = (columns + 7) / 8;
@@ -55,9 +55,9 @@ int64_t BlockFiles::finished_blocks(const comm::Communicator& group, int64_t blo
 }
 
 void BlockFiles::write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype,
-                       double damping) const {
+                       const nlohmann::json& report) const {
   std::vector<std::pair<std::string, at::Tensor>> weights, masks;
-  std::map<std::string, std::string> columns = {{kDamping, fmt::format("{}", damping)}};
+  std::map<std::string, std::string> columns = {{kReport, report.dump()}};
   for (const auto& task : tasks) {
     weights.emplace_back(task.name, task.weight.to(dtype).contiguous());
     masks.emplace_back(task.name, pack_bits(task.mask));
@@ -67,13 +67,13 @@ void BlockFiles::write(int64_t block, std::span<const MatrixTask> tasks, at::Sca
   io::write_safetensors(mask_file(block), masks, columns);  // last: its presence says "done"
 }
 
-double BlockFiles::largest_damping(int64_t blocks) const {
-  double largest = 0;
+std::vector<nlohmann::json> BlockFiles::reports(int64_t blocks) const {
+  std::vector<nlohmann::json> all;
   for (int64_t block = 0; block < blocks; ++block) {
     const io::SafetensorsFile masks(mask_file(block));
-    largest = std::max(largest, std::stod(masks.metadata().at(kDamping)));
+    all.push_back(io::parse_json(masks.metadata().at(kReport), mask_file(block).string()));
   }
-  return largest;
+  return all;
 }
 
 nlohmann::json BlockFiles::assemble_masks(int64_t blocks) const {

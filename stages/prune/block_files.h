@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <span>
+#include <vector>
 
 #include "pipeline/driver/stage.h"
 #include "stages/prune/matrix_pruning.h"
@@ -24,17 +25,19 @@ class BlockFiles {
 
   /// Blocks 0 .. done-1 are on disk whole (the same answer on every rank; collective).
   int64_t finished_blocks(const comm::Communicator& group, int64_t blocks) const;
-  /// Written by rank 0: `tasks` named by their weight's tensor name. `damping`: the largest that
-  /// the block's factors took, 0 without factors.
+  /// Written by rank 0: `tasks` named by their weight's tensor name. `report`: an object of what a
+  /// reader may want to know of the block.
   void write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype,
-             double damping) const;
-  /// The largest damping of all blocks, those of earlier starts too.
-  double largest_damping(int64_t blocks) const;
+             const nlohmann::json& report) const;
+  /// The reports of all blocks, those of earlier starts too.
+  std::vector<nlohmann::json> reports(int64_t blocks) const;
   /// masks.h5 from the journal, and the matrices' zeros: [{name, rows, columns, zeros, sparsity}].
   nlohmann::json assemble_masks(int64_t blocks) const;
   std::filesystem::path model_directory() const { return directory_ / "model"; }
   /// The written weights of `block`, by tensor name.
   std::filesystem::path weights_file(int64_t block) const;
+  /// What belongs to no block and is to outlive a stop; removed when the stage is finished.
+  std::filesystem::path state_file(const std::string& name) const { return state_ / name; }
 
  private:
   std::filesystem::path mask_file(int64_t block) const;

@@ -4,7 +4,8 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <functional>
+#include <optional>
+#include <utility>
 
 #include "pipeline/data/sampler.h"
 #include "pipeline/errors.h"
@@ -17,59 +18,77 @@ namespace {
 const char* const kInputNames[model::kInputs] = {"attention input", "attention output",
                                                  "feed-forward input", "feed-forward middle"};
 
-/// One unit's statistic of one input: a Gram [n, n] or square sums [n], float32.
-using UnitStatistics = std::array<at::Tensor, model::kInputs>;
+/// One unit's statistics of one input, float32: the upper triangle of its Gram [n, n], and its
+/// vectors [v, n], one after another (see vectors_of).
+struct UnitStatistic {
+  at::Tensor gram, vectors;
+  bool defined() const { return gram.defined() || vectors.defined(); }
+};
+using UnitStatistics = std::array<UnitStatistic, model::kInputs>;
 
-bool wants_gram(const Options& options) { return options.method == Method::sparsegpt; }
+/// Norms are one vector, the square sums; moments two, sums and sums of squared distances from the
+/// sequence's mean.
+int64_t vectors_of(const Needs& needs) { return (needs.norms ? 1 : 0) + (needs.moments ? 2 : 0); }
 
-/// Exact sums of one input over units: the Gram's or the square sums'.
+std::span<const float> values_of(const at::Tensor& t) {
+  return {t.const_data_ptr<float>(), static_cast<size_t>(t.numel())};
+}
+
+/// Exact sums of one input over units.
 struct InputSum {
   std::optional<comm::ExactGram> gram;
-  std::optional<comm::ExactSum> squares;
+  std::optional<comm::ExactSum> vectors;
 
-  InputSum(bool as_gram, int64_t n, int64_t units) {
-    if (as_gram)
-      gram.emplace(n, units);
-    else
-      squares.emplace(std::vector<int64_t>{n}, units);
+  InputSum(const Needs& needs, int64_t n, int64_t units) {
+    if (needs.gram) gram.emplace(n, units);
+    if (vectors_of(needs) > 0)
+      vectors.emplace(std::vector<int64_t>(static_cast<size_t>(vectors_of(needs)), n), units);
   }
-  void add(const at::Tensor& unit) {
-    if (gram)
-      gram->add(unit.const_data_ptr<float>(), unit.size(0));
-    else
-      squares->add(std::span(unit.const_data_ptr<float>(), static_cast<size_t>(unit.numel())));
+  void add(const UnitStatistic& unit) {
+    if (gram && unit.gram.defined())
+      gram->add(unit.gram.const_data_ptr<float>(), unit.gram.size(0));
+    if (vectors && unit.vectors.defined()) vectors->add(values_of(unit.vectors));
   }
-  void set_exponents(std::span<const int> exponents) {
-    gram ? gram->set_exponents(exponents) : squares->set_exponents(exponents);
-  }
-  std::span<const int> exponents() const { return gram ? gram->exponents() : squares->exponents(); }
   /// The grid from unit 0's statistic, with 2^headroom of room for larger units.
-  void set_grid(const at::Tensor& unit_0, int64_t units, int headroom) {
-    if (gram) {
-      const at::Tensor diagonal = unit_0.diagonal().contiguous();
-      gram->set_grid(std::span(diagonal.const_data_ptr<float>(), static_cast<size_t>(gram->n())),
-                     headroom);
-      return;
-    }
-    const double largest = unit_0.max().item<float>();
+  void set_grid(const UnitStatistic& unit_0, int64_t units, int headroom) {
+    if (gram) gram->set_grid(values_of(unit_0.gram.diagonal().contiguous()), headroom);
+    if (!vectors) return;
+    const at::Tensor largest = unit_0.vectors.abs().amax(1).to(at::kDouble);
     const int bits =
         62 - static_cast<int>(std::ceil(std::log2(std::max<int64_t>(units, 2)))) - headroom;
-    squares->set_grid(std::span(&largest, 1), std::min(bits, 52));
+    vectors->set_grid(
+        std::span(largest.const_data_ptr<double>(), static_cast<size_t>(largest.numel())),
+        std::min(bits, 52));
+  }
+  std::vector<int> exponents() const {
+    std::vector<int> all;
+    if (gram) all.assign(gram->exponents().begin(), gram->exponents().end());
+    if (vectors) all.insert(all.end(), vectors->exponents().begin(), vectors->exponents().end());
+    return all;
+  }
+  void set_exponents(std::span<const int> all) {
+    const size_t of_gram = gram ? static_cast<size_t>(gram->n()) : 0;
+    if (gram) gram->set_exponents(all.first(of_gram));
+    if (vectors) vectors->set_exponents(all.subspan(of_gram));
   }
   void merge(const InputSum& other) {
-    gram ? gram->merge(*other.gram) : squares->merge(*other.squares);
+    if (gram) gram->merge(*other.gram);
+    if (vectors) vectors->merge(*other.vectors);
   }
   void reduce(const comm::Communicator& group) {
-    gram ? gram->reduce(group) : squares->reduce(group);
+    if (gram) gram->reduce(group);
+    if (vectors) vectors->reduce(group);
   }
-  bool overflowed() const { return gram ? gram->overflowed() : squares->overflowed(); }
+  bool overflowed() const {
+    return (gram && gram->overflowed()) || (vectors && vectors->overflowed());
+  }
 };
 
 using Sums = std::array<std::optional<InputSum>, model::kInputs>;
 
-std::array<bool, model::kInputs> inputs_of(const std::vector<const model::Linear*>& layers) {
+std::array<bool, model::kInputs> inputs_of(const std::vector<PlannedLayer>& layers) {
   std::array<bool, model::kInputs> wanted{};
-  for (const model::Linear* layer : layers) wanted[layer->input] = true;
+  for (const PlannedLayer& layer : layers) wanted[layer.linear->input] = true;
   return wanted;
 }
 
@@ -83,45 +102,91 @@ int64_t owned_units(const Options& options, const comm::Communicator& group) {
   return std::max<int64_t>((options.units() - group.rank() + group.size() - 1) / group.size(), 0);
 }
 
-at::Tensor statistic_of(const Options& options, const at::Tensor& x) {
-  const auto options_float = x.options().dtype(at::kFloat);
-  if (wants_gram(options)) {
-    at::Tensor gram = at::empty({x.size(1), x.size(1)}, options_float);
-    linalg::gram_into(gram, x);
-    return gram;
-  }
-  at::Tensor sums = at::empty({x.size(1)}, options_float);
+void square_sums(const at::Tensor& x, at::Tensor out) {
   model::kernels::column_square_sums(
       x.scalar_type() == at::kFloat ? model::kernels::Storage::float32
                                     : model::kernels::Storage::bfloat16,
-      x.const_data_ptr(), x.size(0), x.size(1), sums.data_ptr<float>());
-  return sums;
+      x.const_data_ptr(), x.size(0), x.size(1), out.data_ptr<float>());
+}
+
+// Adds one sequence's sums and squared distances from their mean to rows 0 and 1 of `out`.
+void add_moments(const at::Tensor& x, at::Tensor out) {
+  const auto tokens = static_cast<double>(x.size(0));
+  const auto [variance, mean] = at::var_mean(x.to(at::kFloat), 0, /*unbiased=*/false);
+  out[0].add_(mean, tokens);
+  out[1].add_(variance, tokens);
+}
+
+/// The rows of x [tokens, n] that count, as one tensor. `counted` bool [tokens] or undefined.
+at::Tensor counted_rows(const at::Tensor& x, const at::Tensor& counted) {
+  return counted.defined() ? x.index({counted}) : x;
+}
+
+UnitStatistic statistic_of(const Needs& needs, const at::Tensor& x, const at::Tensor& counted,
+                           int64_t length) {
+  UnitStatistic unit;
+  const at::Tensor rows = counted_rows(x, counted);
+  const int64_t n = x.size(1);
+  if (rows.size(0) == 0) return unit;
+  const auto as_float = x.options().dtype(at::kFloat);
+  if (needs.gram) {
+    unit.gram = at::empty({n, n}, as_float);
+    linalg::gram_into(unit.gram, rows);
+  }
+  if (vectors_of(needs) == 0) return unit;
+  unit.vectors = at::zeros({vectors_of(needs), n}, as_float);
+  if (needs.norms) square_sums(rows, unit.vectors[0]);
+  if (!needs.moments) return unit;
+  for (int64_t first = 0; first < x.size(0); first += length) {
+    const at::Tensor sequence = counted_rows(
+        x.narrow(0, first, length), counted.defined() ? counted.narrow(0, first, length) : counted);
+    if (sequence.size(0) > 0)
+      add_moments(sequence, unit.vectors.narrow(0, vectors_of(needs) - 2, 2));
+  }
+  return unit;
 }
 
 }  // namespace
 
 Calibration::Calibration(const driver::RunContext& run, const Options& options,
                          const model::Architecture& architecture, const io::Checkpoint& checkpoint,
-                         const std::filesystem::path& spill_directory)
+                         const Needs& needs, const std::filesystem::path& spill_directory)
     : run_(run),
       options_(options),
       architecture_(architecture),
+      needs_(needs),
       rotary_(model::rotary_table(architecture, options.sequence_length)),
       hidden_states_(owned_units(options, run.group)) {
   const int rank = run.group.rank(), ranks = run.group.size();
   if (must_spill(memory_need(), run.memory_bytes))
     hidden_states_.spill_to(spill_directory, unit_bytes());
+  counted_.resize(static_cast<size_t>(owned()));
   const data::TokenSet set = data::TokenSet::open(run.calibration_data);
   const model::Ends ends = model::load_ends(checkpoint, architecture, run.dtype);
   run.workers->for_each(owned(), [&](int64_t i, int) {
     c10::InferenceMode guard;
     const int64_t first = (rank + i * ranks) * options.unit;
-    std::vector<at::Tensor> windows;
-    for (int64_t s = 0; s < sequences_of(i); ++s)
+    std::vector<at::Tensor> windows, masks;
+    for (int64_t s = 0; s < sequences_of(i); ++s) {
       windows.push_back(
           data::calibration_window(set, run.seed, first + s, options.sequence_length));
+      if (options.masked_tokens)
+        masks.push_back(data::calibration_mask(set, run.seed, first + s, options.sequence_length));
+    }
     hidden_states_.put(i, model::embed(architecture, ends, at::cat(windows), shape_of(i)));
+    if (options.masked_tokens) counted_[i] = at::cat(masks);
   });
+  counted_tokens_ = options.samples * options.sequence_length;
+  if (!options.masked_tokens) return;
+  counted_tokens_ = 0;
+  for (const at::Tensor& mask : counted_) counted_tokens_ += mask.sum().item<int64_t>();
+  run.group.all_reduce_sum(std::span<int64_t>(&counted_tokens_, 1));
+  if (counted_tokens_ == 0)
+    throw UserError(
+        fmt::format("prune.tokens: loss_mask, and no token of the {} calibration sequences counts "
+                    "in {}; set it "
+                    "to all, or take more samples",
+                    options.samples, run.calibration_data.string()));
 }
 
 int64_t Calibration::unit_bytes() const {
@@ -137,10 +202,10 @@ MemoryNeed Calibration::memory_need() const {
   int64_t weights = 0, statistics = 0;
   for (const auto& linear : architecture_.linears) weights += linear.in * linear.out;
   for (const int64_t n : input_sizes(architecture_))
-    statistics += 8 * n * (wants_gram(options_) ? n : 1);
+    statistics += 8 * n * (vectors_of(needs_) + (needs_.gram ? n : 0));
   const auto element = static_cast<int64_t>(c10::elementSize(run_.dtype));
-  return {owned() * unit_bytes(), kProgram + weights * (element + 5) + statistics * (workers + 1) +
-                                      8 * workers * unit_bytes()};
+  return {owned() * unit_bytes(), kProgram + weights * (element + needs_.bytes_per_weight) +
+                                      statistics * (workers + 1) + 8 * workers * unit_bytes()};
 }
 
 int64_t Calibration::sequences_of(int64_t owned_unit) const {
@@ -157,19 +222,22 @@ struct Calibration::Collector {
   Calibration& calibration;
   const model::BlockWeights& block;
   int64_t block_index;
+  Needs needs;
   std::array<bool, model::kInputs> wanted;
   std::array<int64_t, model::kInputs> sizes = input_sizes(calibration.architecture_);
   std::vector<Sums> sums = std::vector<Sums>(calibration.run_.workers->count());
 
-  UnitStatistics run_unit(int64_t owned_unit) const {
+  UnitStatistics run_unit(int64_t owned_unit, const at::Tensor& counted) const {
     c10::InferenceMode guard;
     UnitStatistics statistics;
+    std::array<bool, model::kInputs> seen{};
     const bool to_the_end = wanted[model::kFeedForwardMiddle];
     const auto hook = [&](const model::Linear& linear, const at::Tensor& x,
                           const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias) -> at::Tensor {
-      if (wanted[linear.input] && !statistics[linear.input].defined())
-        statistics[linear.input] = statistic_of(calibration.options_, x);
+      if (wanted[linear.input] && !std::exchange(seen[linear.input], true))
+        statistics[linear.input] =
+            statistic_of(needs, x, counted, calibration.options_.sequence_length);
       if (linear.role == model::kDown) return {};
       if (linear.role == model::kUp && !to_the_end) return {};
       return linalg::linear(x, weight, bias);
@@ -178,6 +246,9 @@ struct Calibration::Collector {
                          calibration.hidden_states_.get(owned_unit),
                          calibration.shape_of(owned_unit), calibration.rotary_, hook);
     return statistics;
+  }
+  UnitStatistics run_unit(int64_t owned_unit) const {
+    return run_unit(owned_unit, calibration.counted_[owned_unit]);
   }
 
   void add(Sums& into, const UnitStatistics& unit) const {
@@ -192,24 +263,28 @@ struct Calibration::Collector {
     }
   }
 
+  void require_finite(const UnitStatistic& unit, int input) const {
+    // Of a Gram only the upper triangle is there; what is not finite shows on its diagonal.
+    for (const at::Tensor& values :
+         {unit.gram.defined() ? unit.gram.diagonal() : unit.gram, unit.vectors})
+      if (values.defined() && !values.isfinite().all().item<bool>())
+        throw NumericalError(fmt::format(
+            "block {}: {} holds NaN or Inf during calibration; check the weights of this block "
+            "and the one before",
+            block_index, kInputNames[input]));
+  }
+
   /// Every rank's exponents become those of rank 0, which owns unit 0.
   void share_grid(const UnitStatistics* unit_0, int headroom) {
     const auto& run = calibration.run_;
     for (int input = 0; input < model::kInputs; ++input) {
       if (!wanted[input]) continue;
       InputSum& first = *sums[0][input];
-      std::vector<int> exponents(wants_gram(calibration.options_) ? sizes[input] : 1);
       if (unit_0 != nullptr) {
-        // Of a Gram only the upper triangle is there; what is not finite shows on its diagonal.
-        const at::Tensor& unit = (*unit_0)[input];
-        if (!(unit.dim() == 2 ? unit.diagonal() : unit).isfinite().all().item<bool>())
-          throw NumericalError(fmt::format(
-              "block {}: {} holds NaN or Inf during calibration; check the weights of this block "
-              "and the one before",
-              block_index, kInputNames[input]));
+        require_finite((*unit_0)[input], input);
         first.set_grid((*unit_0)[input], calibration.options_.units(), headroom);
-        std::copy(first.exponents().begin(), first.exponents().end(), exponents.begin());
       }
+      std::vector<int> exponents = first.exponents();
       run.group.broadcast(comm::bytes_of(std::span(exponents)), 0);
       for (auto& worker : sums) worker[input]->set_exponents(exponents);
     }
@@ -220,15 +295,17 @@ struct Calibration::Collector {
     const auto& run = calibration.run_;
     for (auto& worker : sums)
       for (int input = 0; input < model::kInputs; ++input)
-        if (wanted[input])
-          worker[input].emplace(wants_gram(calibration.options_), sizes[input],
-                                calibration.options_.units());
+        if (wanted[input]) worker[input].emplace(needs, sizes[input], calibration.options_.units());
     // Each worker's first unit runs while rank 0 finds the grid; it is added once the grid is
     // known.
     const int64_t held = std::min<int64_t>(calibration.owned(), run.workers->count());
     std::vector<UnitStatistics> first(static_cast<size_t>(held));
     run.workers->for_each(held, [&](int64_t i, int) { first[i] = run_unit(i); });
-    share_grid(run.group.is_root() ? &first[0] : nullptr, headroom);
+    // A loss mask may leave nothing of unit 0: its grid comes from all of its tokens.
+    UnitStatistics whole;
+    const bool masked = calibration.options_.masked_tokens;
+    if (masked && run.group.is_root()) whole = run_unit(0, {});
+    share_grid(!run.group.is_root() ? nullptr : masked ? &whole : &first[0], headroom);
     run.workers->for_each(held, [&](int64_t i, int worker) {
       add(sums[worker], first[i]);
       first[i] = {};
@@ -252,14 +329,25 @@ struct Calibration::Collector {
     InputStatistics out;
     InputSum& sum = *sums[0][input];
     const auto samples = static_cast<double>(calibration.options_.samples);
+    const int64_t n = sizes[input];
     if (sum.gram) {
-      out.gram = at::empty({sizes[input], sizes[input]}, at::kDouble);
+      out.gram = at::empty({n, n}, at::kDouble);
       sum.gram->result(out.gram.data_ptr<double>(), 2.0 / samples);
-    } else {
-      std::vector<double> squares(sizes[input]);
-      sum.squares->result(std::span<double>(squares));
-      for (double square : squares)
-        out.norms.push_back(static_cast<float>(std::sqrt(square / samples)));
+    }
+    if (sum.vectors) {
+      std::vector<double> all(static_cast<size_t>(sum.vectors->size()));
+      sum.vectors->result(std::span<double>(all));
+      const double* next = all.data();
+      if (needs.norms)
+        for (const double* end = next + n; next != end; ++next)
+          out.norms.push_back(static_cast<float>(std::sqrt(*next / samples)));
+      if (needs.moments) {
+        for (const double* end = next + n; next != end; ++next)
+          out.means.push_back(static_cast<float>(*next / samples));
+        for (const double* end = next + n; next != end; ++next)
+          out.variances.push_back(
+              static_cast<float>(*next / static_cast<double>(calibration.counted_tokens_)));
+      }
     }
     sums[0][input].reset();
     return out;
@@ -267,10 +355,9 @@ struct Calibration::Collector {
 };
 
 std::array<InputStatistics, model::kInputs> Calibration::collect(
-    const model::BlockWeights& block, int64_t index,
-    const std::vector<const model::Linear*>& layers,
+    const model::BlockWeights& block, int64_t index, const std::vector<PlannedLayer>& layers,
     const std::function<void(const std::string&)>& say) {
-  Collector collector{*this, block, index, inputs_of(layers)};
+  Collector collector{*this, block, index, needs_, inputs_of(layers)};
   // SmolLM2's units exceed the first by up to 2^9.7 (down projection of the first and last blocks).
   constexpr int kHeadroom = 14, kMostHeadroom = 40;
   for (int headroom = kHeadroom; !collector.collect(headroom); headroom += 8) {

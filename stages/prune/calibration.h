@@ -6,7 +6,7 @@
 
 #include <array>
 #include <cstdint>
-#include <optional>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -15,33 +15,28 @@
 #include "pipeline/model/block.h"
 #include "stages/prune/hidden_states.h"
 #include "stages/prune/options.h"
+#include "stages/prune/statistics.h"
 
 namespace espalier::prune {
 
-/// What a method needs of one distinct input, over all calibration tokens.
-struct InputStatistics {
-  at::Tensor gram;           ///< SparseGPT: float64 [n, n], sum X^T X; undefined for Wanda
-  std::vector<float> norms;  ///< Wanda: sqrt of the mean over sequences of sum x_j^2, [n]
-};
-
 class Calibration {
  public:
-  /// Draws this rank's units (unit u belongs to rank u % ranks) and embeds them. Memory: samples /
-  /// ranks * sequence_length * hidden elements of the products' type; in a file under
-  /// `spill_directory` when that would go beyond run.memory_bytes.
+  /// `needs`: what collect() is to give. Draws this rank's units (unit u belongs to rank u % ranks)
+  /// and embeds them. Memory: samples / ranks * sequence_length * hidden elements of the products'
+  /// type; in a file under `spill_directory` when that would go beyond run.memory_bytes. UserError
+  /// when prune.tokens=loss_mask counts no token of any sequence.
   Calibration(const driver::RunContext& run, const Options& options,
               const model::Architecture& architecture, const io::Checkpoint& checkpoint,
-              const std::filesystem::path& spill_directory);
+              const Needs& needs, const std::filesystem::path& spill_directory);
   /// Of this rank's hidden states; 0 when they are in memory.
   int64_t spilled_bytes() const { return hidden_states_.spilled_bytes(); }
 
   /// One pass of every unit through `block` up to the down projection, which is not needed. By
-  /// Input; inputs that no chosen layer reads stay empty. Collective. Throws NumericalError naming
-  /// block and input when an activation is not finite. `say` hears of a repetition on a coarser
-  /// grid.
+  /// Input; inputs that no layer of `layers` reads stay empty. Only counted tokens weigh
+  /// (prune.tokens). Collective. Throws NumericalError naming block and input when an activation is
+  /// not finite. `say` hears of a repetition on a coarser grid.
   std::array<InputStatistics, model::kInputs> collect(
-      const model::BlockWeights& block, int64_t index,
-      const std::vector<const model::Linear*>& layers,
+      const model::BlockWeights& block, int64_t index, const std::vector<PlannedLayer>& layers,
       const std::function<void(const std::string&)>& say);
 
   /// Sends every unit through `block`: the hidden states become the next block's inputs.
@@ -58,8 +53,11 @@ class Calibration {
   const driver::RunContext& run_;
   const Options& options_;
   const model::Architecture& architecture_;
+  Needs needs_;
   model::RotaryTable rotary_;
-  HiddenStates hidden_states_;  ///< of owned unit i = global unit rank + i * ranks
+  HiddenStates hidden_states_;       ///< of owned unit i = global unit rank + i * ranks
+  std::vector<at::Tensor> counted_;  ///< bool [tokens] of each; undefined: every token
+  int64_t counted_tokens_ = 0;       ///< of all ranks
 };
 
 }  // namespace espalier::prune

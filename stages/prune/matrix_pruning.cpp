@@ -96,8 +96,9 @@ TileView view_of(const MatrixTask& task, const Tile& tile) {
           columns, tile.rows * columns};
 }
 
-void check_tasks(std::span<const MatrixTask> tasks, const Pattern& pattern) {
+void check_tasks(std::span<const MatrixTask> tasks) {
   for (const MatrixTask& task : tasks) {
+    const Pattern& pattern = task.pattern;
     const bool usable = task.weight.dim() == 2 && task.weight.is_contiguous() &&
                         task.weight.scalar_type() == at::kFloat && task.mask.is_contiguous() &&
                         task.mask.scalar_type() == at::kByte &&

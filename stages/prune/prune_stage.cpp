@@ -5,7 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
+#include <memory>
 #include <optional>
 
 #include "pipeline/data/token_set.h"
@@ -13,142 +13,146 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
-#include "pipeline/linalg/factor.h"
 #include "stages/prune/block_files.h"
 #include "stages/prune/calibration.h"
-#include "stages/prune/matrix_pruning.h"
+#include "stages/prune/conjugate_gradients.h"
+#include "stages/prune/dense_pass.h"
+#include "stages/prune/dsnot.h"
+#include "stages/prune/method.h"
 #include "stages/prune/options.h"
 
 namespace espalier::prune {
 namespace {
 
-/// Factors of the block's distinct inputs; every rank ends with all of them.
-struct Factors {
-  std::vector<at::Tensor> factor = std::vector<at::Tensor>(model::kInputs);
-  std::vector<std::vector<int64_t>> dead = std::vector<std::vector<int64_t>>(model::kInputs);
-  double largest_damping = 0;
-};
-
 class PruneStage : public driver::Stage {
  public:
-  explicit PruneStage(const config::Section& section) : options_(read_options(section)) {}
+  explicit PruneStage(const config::Section& section)
+      : method_name_(section.text_or("method", "")),
+        method_(make_method(section)),
+        options_(read_options(section)) {
+    for (const Pattern& pattern : options_.patterns()) method_->check(pattern);
+  }
   void check(const driver::RunContext& run,
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
   std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
-    if (!options_.needs_calibration()) return {};
+    if (!needs_calibration()) return {};
     return {run.calibration_data};
   }
 
  private:
+  bool keeps_dense() const { return options_.refit || options_.refine.dsnot; }
+  /// Of the pass that prunes.
+  Needs needs() const {
+    Needs all = method_->needs() | Needs{.gram = options_.refit,
+                                         .norms = options_.refine.dsnot,
+                                         .moments = options_.refine.dsnot};
+    if (keeps_dense()) all.bytes_per_weight += sizeof(float);
+    return all;
+  }
+  bool needs_calibration() const { return needs().any() || options_.allocation.owl; }
+  void check_data(const driver::RunContext& run, const model::Architecture& architecture,
+                  const std::filesystem::path& start) const;
   void prune_block(driver::StageContext& context, const model::Architecture& architecture,
                    model::BlockWeights& block, int64_t index, Calibration* calibration,
-                   const BlockFiles& files) const;
-  Factors factor(driver::StageContext& context, int64_t block,
-                 std::array<InputStatistics, model::kInputs>& statistics) const;
+                   const BlockAllocation* allocation, const BlockFiles& files) const;
+  void prune_and_refine(BlockWork& work, const std::vector<PlannedLayer>& layers) const;
+  nlohmann::json metrics(const BlockFiles& files, int64_t blocks) const;
 
+  std::string method_name_;
+  std::unique_ptr<PruningMethod> method_;
   Options options_;
 };
 
 void PruneStage::check(const driver::RunContext& run, const std::filesystem::path& start) const {
   const io::Checkpoint checkpoint = io::Checkpoint::open(start);
   const model::Architecture architecture = model::read_architecture(checkpoint);
-  require_layers(options_, architecture);
-  int64_t bytes = 0;
-  for (const model::Linear* layer : chosen_layers(options_, architecture, 0))
-    bytes += layer->out * layer->in * architecture.blocks *
-             static_cast<int64_t>(c10::elementSize(run.dtype));
+  require_layers(options_.layers, architecture);
+  int64_t weights = 0;
+  for (int64_t block = 0; block < architecture.blocks; ++block)
+    for (const PlannedLayer& layer : planned_layers(options_.layers, architecture, block))
+      weights += layer.linear->out * layer.linear->in;
+  const int64_t bytes = weights * static_cast<int64_t>(c10::elementSize(run.dtype));
   if (run.group.is_root()) io::require_space(run.directory, bytes + bytes / 8);
-  if (!options_.needs_calibration()) return;
+  if (needs_calibration()) check_data(run, architecture, start);
+}
+
+void PruneStage::check_data(const driver::RunContext& run, const model::Architecture& architecture,
+                            const std::filesystem::path& start) const {
   if (run.calibration_data.empty())
     throw UserError("prune needs data.calibration: an HDF5 file made by launch/prepare_data.py");
   const data::TokenSet set = data::TokenSet::open(run.calibration_data);
   set.require_vocabulary(architecture.vocabulary, start.string());
   set.require_stream(options_.sequence_length);
+  if (options_.masked_tokens && !set.has_loss_mask())
+    throw UserError(fmt::format("prune.tokens: loss_mask, and {} has none; set it to all",
+                                run.calibration_data.string()));
 }
 
-/// One input a rank, dearest first; the rank's workers share its inputs.
-Factors PruneStage::factor(driver::StageContext& context, int64_t block,
-                           std::array<InputStatistics, model::kInputs>& statistics) const {
-  const driver::RunContext& run = context.run;
-  std::vector<int> order;
-  for (int input = 0; input < model::kInputs; ++input)
-    if (statistics[input].gram.defined()) order.push_back(input);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return statistics[a].gram.size(0) > statistics[b].gram.size(0);
-  });
-  // Longest first onto the rank with the least work, by the cube of the size.
-  std::vector<double> load(static_cast<size_t>(run.group.size()));
-  std::vector<int> owner(model::kInputs, -1), mine;
-  for (int input : order) {
-    owner[input] = static_cast<int>(std::min_element(load.begin(), load.end()) - load.begin());
-    load[owner[input]] += std::pow(static_cast<double>(statistics[input].gram.size(0)), 3);
-    if (owner[input] == run.group.rank()) mine.push_back(input);
-  }
-  Factors factors;
-  std::vector<linalg::FactorReport> reports(model::kInputs);
-  run.workers->for_each(static_cast<int64_t>(mine.size()), [&](int64_t i, int) {
+/// By Input: the Grams that the refit solves with.
+std::vector<SolverGram> solver_grams(BlockWork& work, double damping) {
+  std::vector<SolverGram> grams(work.statistics.size());
+  work.workers().for_each(static_cast<int64_t>(grams.size()), [&](int64_t i, int) {
     c10::InferenceMode guard;
-    const int input = mine[i];
-    factors.factor[input] =
-        linalg::inverse_factor(statistics[input].gram, options_.damping,
-                               fmt::format("block {} input {}", block, input), reports[input]);
+    at::Tensor& gram = work.statistics[i].gram;
+    if (gram.defined())
+      grams[i] =
+          solver_gram(scale_gram(gram, damping, fmt::format("block {} input {}", work.block, i)));
+    gram = at::Tensor();
   });
-  for (int input : order) {
-    const int64_t n = statistics[input].gram.size(0);
-    if (!factors.factor[input].defined()) factors.factor[input] = at::empty({n, n});
-    run.group.broadcast(comm::bytes_of(std::span(factors.factor[input].data_ptr<float>(),
-                                                 static_cast<size_t>(n * n))),
-                        owner[input]);
-    nlohmann::json report = {{"damping", reports[input].damping},
-                             {"raised", reports[input].times_raised},
-                             {"dead", reports[input].dead_inputs}};
-    report = nlohmann::json::parse(run.group.broadcast(report.dump(), owner[input]));
-    factors.dead[input] = report["dead"].get<std::vector<int64_t>>();
-    factors.largest_damping = std::max(factors.largest_damping, report["damping"].get<double>());
-    if (report["raised"].get<int>() > 0)
-      context.progress.say(
-          fmt::format("block {}: damping raised to {} for input {}, its Gram is not "
-                      "positive definite with less",
-                      block, report["damping"].get<double>(), input));
-    statistics[input].gram = at::Tensor();
+  return grams;
+}
+
+bool is_feed_forward(const model::Linear& linear) {
+  return linear.input == model::kFeedForwardInput || linear.input == model::kFeedForwardMiddle;
+}
+
+/// The method's masks and weights; then masks refined, then weights solved for once more.
+void PruneStage::prune_and_refine(BlockWork& work, const std::vector<PlannedLayer>& layers) const {
+  std::vector<at::Tensor> dense;
+  if (keeps_dense())
+    for (const MatrixTask& task : work.tasks) dense.push_back(task.weight.clone());
+  work.keep_statistics = options_.refit;
+  method_->prune(work);
+  if (options_.refine.dsnot) {
+    std::vector<uint8_t> refined;
+    for (const PlannedLayer& layer : layers)
+      refined.push_back(!options_.refine.skip_mlp || !is_feed_forward(*layer.linear));
+    work.report["swapped"] = refine_by_dsnot(work.tasks, refined, dense, work.statistics,
+                                             options_.refine, work.workers(), work.group());
   }
-  return factors;
+  if (options_.refit)
+    refit(work.tasks, dense, solver_grams(work, options_.damping), options_.refit_steps,
+          work.workers(), work.group());
 }
 
 void PruneStage::prune_block(driver::StageContext& context, const model::Architecture& architecture,
                              model::BlockWeights& block, int64_t index, Calibration* calibration,
-                             const BlockFiles& files) const {
+                             const BlockAllocation* allocation, const BlockFiles& files) const {
   const driver::RunContext& run = context.run;
-  const auto layers = chosen_layers(options_, architecture, index);
-  std::array<InputStatistics, model::kInputs> statistics;
+  auto layers = planned_layers(options_.layers, architecture, index);
+  BlockWork work{context, architecture, index, {}, {}, options_.keep_zeros};
+  if (allocation != nullptr) {
+    for (PlannedLayer& layer : layers)
+      if (!layer.overridden) layer.pattern.sparsity = allocation->sparsity;
+    work.report["outlier_ratio"] = allocation->outlier_ratio;
+    work.report["sparsity"] = allocation->sparsity;
+  }
   if (calibration != nullptr)
-    statistics = calibration->collect(block, index, layers,
-                                      [&](const std::string& line) { context.progress.say(line); });
+    work.statistics = calibration->collect(
+        block, index, layers, [&](const std::string& line) { context.progress.say(line); });
   c10::InferenceMode guard;
-  double damping = 0;
-  std::vector<MatrixTask> tasks;
-  for (const model::Linear* layer : layers) {
-    const at::Tensor weight = block.weight[layer->role].to(at::kFloat, false, /*copy=*/true);
-    tasks.push_back({architecture.weight_name(index, *layer), weight, layer->input,
-                     at::zeros(weight.sizes(), at::kByte)});
+  for (const PlannedLayer& layer : layers) {
+    const model::Linear& linear = *layer.linear;
+    const at::Tensor weight = block.weight[linear.role].to(at::kFloat, false, /*copy=*/true);
+    work.tasks.push_back({architecture.weight_name(index, linear), weight, linear.input,
+                          at::zeros(weight.sizes(), at::kByte), layer.pattern});
   }
-  if (options_.method == Method::magnitude) {
-    prune_magnitude(tasks, options_.pattern, options_.keep_zeros, *run.workers, run.group);
-  } else if (options_.method == Method::wanda) {
-    std::vector<std::vector<float>> norms;
-    for (auto& input : statistics) norms.push_back(std::move(input.norms));
-    prune_wanda(tasks, norms, options_.pattern, options_.keep_zeros, *run.workers, run.group);
-  } else {
-    const Factors factors = factor(context, index, statistics);
-    damping = factors.largest_damping;
-    prune_sparsegpt(tasks, factors.factor, factors.dead, options_.pattern, options_.block_size,
-                    options_.keep_zeros, *run.workers, run.group);
-  }
-  gather_rows(tasks, options_.method == Method::sparsegpt, run.group);
+  prune_and_refine(work, layers);
+  gather_rows(work.tasks, method_->moves_weights() || options_.refit, run.group);
   for (size_t i = 0; i < layers.size(); ++i)
-    block.weight[layers[i]->role] = tasks[i].weight.to(run.dtype);
-  if (run.group.is_root()) files.write(index, tasks, run.dtype, damping);
+    block.weight[layers[i].linear->role] = work.tasks[i].weight.to(run.dtype);
+  if (run.group.is_root()) files.write(index, work.tasks, run.dtype, work.report);
 }
 
 /// The block as an earlier start of this run left it.
@@ -167,10 +171,15 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   const model::Architecture architecture = model::read_architecture(checkpoint);
   const BlockFiles files(context);
   const int64_t done = files.finished_blocks(run.group, architecture.blocks);
+  std::vector<BlockAllocation> allocation;
+  if (options_.allocation.owl && done < architecture.blocks)
+    allocation =
+        allocate_by_owl(context, options_, architecture, checkpoint, files.state_file("owl.json"));
   context.progress.start("blocks", architecture.blocks, done);
   std::optional<Calibration> calibration;
-  if (options_.needs_calibration() && done < architecture.blocks)
-    calibration.emplace(run, options_, architecture, checkpoint, context.state_directory());
+  if (needs().any() && done < architecture.blocks)
+    calibration.emplace(run, options_, architecture, checkpoint, needs(),
+                        context.state_directory());
   if (calibration && calibration->spilled_bytes() > 0)
     context.progress.say(fmt::format("hidden states spill to disk: {:.3g} GiB a rank",
                                      double(calibration->spilled_bytes()) / (1 << 30)));
@@ -180,7 +189,7 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
       restore_block(files, architecture, index, block);
     else
       prune_block(context, architecture, block, index, calibration ? &*calibration : nullptr,
-                  files);
+                  allocation.empty() ? nullptr : &allocation[index], files);
     if (calibration && index + 1 < architecture.blocks) calibration->advance(block);
     context.progress.advance(std::max(done, index + 1));
     if (driver::stop_requested(run.group))
@@ -188,19 +197,32 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
           fmt::format("prune: stopped after block {} of {}", index + 1, architecture.blocks));
   }
   driver::StageResult result{files.model_directory(), {}};
-  if (run.group.is_root()) {
-    result.metrics = {{"method", options_.method_name},
-                      {"pattern", options_.pattern.name()},
-                      {"sparsity", options_.pattern.sparsity},
-                      {"samples", options_.samples},
-                      {"sequence_length", options_.sequence_length},
-                      {"matrices", files.assemble_masks(architecture.blocks)}};
-    if (options_.method == Method::sparsegpt)
-      result.metrics["damping"] = files.largest_damping(architecture.blocks);
-  }
+  if (run.group.is_root()) result.metrics = metrics(files, architecture.blocks);
   driver::write_derived(files.model_directory(), checkpoint, run.group);
   context.progress.finish();
   return result;
+}
+
+nlohmann::json PruneStage::metrics(const BlockFiles& files, int64_t blocks) const {
+  nlohmann::json metrics = {{"method", method_name_},
+                            {"pattern", options_.layers.pattern.name()},
+                            {"sparsity", options_.layers.pattern.sparsity},
+                            {"allocation", options_.allocation.owl ? "owl" : "uniform"},
+                            {"refine", options_.refine.dsnot ? "dsnot" : "none"},
+                            {"refit", options_.refit},
+                            {"samples", options_.samples},
+                            {"sequence_length", options_.sequence_length},
+                            {"matrices", files.assemble_masks(blocks)}};
+  const std::vector<nlohmann::json> reports = files.reports(blocks);
+  double damping = 0;
+  bool any = false;
+  for (const nlohmann::json& report : reports) {
+    damping = std::max(damping, report.value("damping", 0.0));
+    any = any || !report.empty();
+  }
+  if (any) metrics["blocks"] = reports;
+  if (damping > 0) metrics["damping"] = damping;  // the largest: what a reader asks first
+  return metrics;
 }
 
 const driver::StageRegistration registration{

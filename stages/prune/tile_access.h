@@ -17,9 +17,9 @@ struct TileView {
 
 TileView view_of(const MatrixTask& task, const Tile& tile);
 
-/// Throws DefectError on shapes and types that are not MatrixTask's, UserError when the pattern's
+/// Throws DefectError on shapes and types that are not MatrixTask's, UserError when a pattern's
 /// group does not divide the inputs.
-void check_tasks(std::span<const MatrixTask> tasks, const Pattern& pattern);
+void check_tasks(std::span<const MatrixTask> tasks);
 
 /// Throws NumericalError naming the matrix. `when`: "before pruning".
 void require_finite(const MatrixTask& task, const TileView& view, const char* when);

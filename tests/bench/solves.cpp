@@ -76,6 +76,7 @@ Problem copy_of(const Problem& problem) {
 // Factors are whole on one worker each, as in the prune stage; then the tiles of all matrices.
 double solve_seconds(Problem problem, const Pattern& pattern, Workers& workers) {
   using Clock = std::chrono::steady_clock;
+  for (MatrixTask& task : problem.tasks) task.pattern = pattern;
   const Clock::time_point begin = Clock::now();
   const auto count = static_cast<int64_t>(problem.grams.size());
   std::vector<at::Tensor> factors(count);
@@ -89,7 +90,7 @@ double solve_seconds(Problem problem, const Pattern& pattern, Workers& workers) 
         linalg::inverse_factor(gram, 0.01, fmt::format("input {}", largest_first), report);
     dead_inputs[largest_first] = report.dead_inputs;
   });
-  prune_sparsegpt(problem.tasks, factors, dead_inputs, pattern, 128, true, workers,
+  prune_sparsegpt(problem.tasks, factors, dead_inputs, 128, true, workers,
                   comm::Communicator::self());
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }

@@ -10,34 +10,12 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/linalg/factor.h"
-#include "pipeline/linalg/product.h"
-#include "pipeline/random.h"
+#include "problem.h"
 
 namespace espalier::prune {
 namespace {
 
 using Floats = std::vector<float>;
-
-at::Tensor normals(const std::string& purpose, int64_t rows, int64_t columns) {
-  const CounterRandom random(17, purpose);
-  at::Tensor t = at::empty({rows, columns}, at::kFloat);
-  for (int64_t i = 0; i < rows * columns; ++i)
-    t.data_ptr<float>()[i] = static_cast<float>(random.normal(i));
-  return t;
-}
-
-MatrixTask task_of(const at::Tensor& weight, int64_t statistic = 0) {
-  return {"block 0 q_proj", weight.clone(), statistic,
-          at::full(weight.sizes(), 7, at::TensorOptions(at::kByte))};
-}
-
-const Pattern kTwoOfFour{2, 4, 0.5};
-Pattern unstructured(double sparsity) { return {0, 0, sparsity}; }
-
-struct Here {
-  Workers workers{1, linalg::one_library_thread};
-  comm::Communicator group = comm::Communicator::self();
-};
 
 // 1 for the `go` first of a stable sort of score's flat values in [begin, begin + n).
 void mark_by_sort(const at::Tensor& score, int64_t begin, int64_t n, int64_t go, at::Tensor& mask) {
@@ -57,8 +35,10 @@ TEST(Magnitude, TakesExactlyKOfTheMatrixTiesByFlatIndex) {
   Here here;
   const at::Tensor w = coarse(300, 36);
   for (const double sparsity : {0.0, 0.3, 0.5, 0.9999999}) {
-    std::vector<MatrixTask> tasks = {task_of(w), task_of(w.slice(0, 0, 100).contiguous())};
-    prune_magnitude(tasks, unstructured(sparsity), true, here.workers, here.group);
+    std::vector<MatrixTask> tasks = {
+        task_of(w, unstructured(sparsity)),
+        task_of(w.slice(0, 0, 100).contiguous(), unstructured(sparsity))};
+    prune_magnitude(tasks, true, here.workers, here.group);
     for (const MatrixTask& task : tasks) {
       const at::Tensor before = w.slice(0, 0, task.weight.size(0));
       at::Tensor expected = at::zeros_like(task.mask);
@@ -74,8 +54,8 @@ TEST(Magnitude, TakesExactlyKOfTheMatrixTiesByFlatIndex) {
 TEST(Magnitude, TwoOfFourTakesTheTwoSmallestOfEachGroup) {
   Here here;
   const at::Tensor w = coarse(130, 36);
-  std::vector<MatrixTask> tasks = {task_of(w)};
-  prune_magnitude(tasks, kTwoOfFour, true, here.workers, here.group);
+  std::vector<MatrixTask> tasks = {task_of(w, kTwoOfFour)};
+  prune_magnitude(tasks, true, here.workers, here.group);
   at::Tensor expected = at::zeros_like(tasks[0].mask);
   for (int64_t j = 0; j < w.numel(); j += 4) mark_by_sort(w.abs().contiguous(), j, 4, 2, expected);
   EXPECT_TRUE(tasks[0].mask.equal(expected));
@@ -85,22 +65,52 @@ TEST(Wanda, TakesTheSmallestScoresOfEveryRowTiesByColumn) {
   Here here;
   const at::Tensor w = coarse(130, 37), norm = normals("norm", 1, 37).abs().round();
   const Floats norms(norm.data_ptr<float>(), norm.data_ptr<float>() + 37);
-  std::vector<MatrixTask> tasks = {task_of(w, 1)};
-  prune_wanda(tasks, std::vector<Floats>{{}, norms}, unstructured(0.6), false, here.workers,
-              here.group);
+  std::vector<MatrixTask> tasks = {task_of(w, unstructured(0.6), 1)};
+  prune_wanda(tasks, std::vector<Floats>{{}, norms}, false, here.workers, here.group);
   at::Tensor expected = at::zeros_like(tasks[0].mask);
   for (int64_t i = 0; i < 130; ++i)
     mark_by_sort((w.abs() * norm).contiguous(), i * 37, 37, 22, expected);  // floor(22.2)
   EXPECT_TRUE(tasks[0].mask.equal(expected));
 }
 
+TEST(Wanda, TheVariantRemovesTheShareOfEachRowsScoresThatGivesTheSparsity) {
+  Here here;
+  // Rows of unequal spread: a row of equal scores loses fewer than one with a long tail.
+  const at::Tensor w = normals("variant", 200, 64).pow(3);
+  const at::Tensor norm = normals("norm", 1, 64).abs() + 0.5;
+  const Floats norms(norm.data_ptr<float>(), norm.data_ptr<float>() + 64);
+  for (const double sparsity : {0.3, 0.5, 0.6}) {
+    std::vector<MatrixTask> tasks = {task_of(w, unstructured(sparsity))};
+    prune_wanda_cumulative(tasks, std::vector<Floats>{norms}, true, here.workers, here.group);
+    const at::Tensor score = (w.abs() * norm), order = std::get<0>(score.sort(1));
+    const at::Tensor running = order.to(at::kDouble).cumsum(1);
+    const auto counts_at = [&](double alpha) {
+      return (running <= alpha * running.select(1, 63).unsqueeze(1)).sum(1);
+    };
+    double low = 0, high = 0.8, alpha = 0.4;
+    for (;;) {
+      const double now = counts_at(alpha).sum().item<double>() / (200 * 64);
+      if (std::abs(now - sparsity) <= 0.001 || high - low < 0.001) break;
+      (now > sparsity ? high : low) = alpha;
+      alpha = (low + high) / 2;
+    }
+    const at::Tensor counts = counts_at(alpha);
+    at::Tensor expected = at::zeros_like(tasks[0].mask);
+    for (int64_t i = 0; i < 200; ++i)
+      mark_by_sort(score.contiguous(), i * 64, 64, counts[i].item<int64_t>(), expected);
+    EXPECT_TRUE(tasks[0].mask.equal(expected)) << sparsity;
+    EXPECT_NEAR(tasks[0].mask.to(at::kFloat).mean().item<float>(), sparsity, 0.01);
+    EXPECT_GT(counts.max().item<int64_t>(), counts.min().item<int64_t>());
+  }
+}
+
 TEST(Zeros, OfASparseModelStayAndAreMarkedBeyondThePatternsCount) {
   Here here;
   at::Tensor w = normals("zeros", 8, 8);
   w.slice(1, 0, 3).zero_();  // three of each row's first group
-  std::vector<MatrixTask> kept = {task_of(w)}, counted = {task_of(w)};
-  prune_magnitude(kept, kTwoOfFour, true, here.workers, here.group);
-  prune_magnitude(counted, kTwoOfFour, false, here.workers, here.group);
+  std::vector<MatrixTask> kept = {task_of(w, kTwoOfFour)}, counted = {task_of(w, kTwoOfFour)};
+  prune_magnitude(kept, true, here.workers, here.group);
+  prune_magnitude(counted, false, here.workers, here.group);
   EXPECT_EQ(kept[0].mask.sum().item<int64_t>(), 8 * 5);
   EXPECT_EQ(counted[0].mask.sum().item<int64_t>(), 8 * 4);
   EXPECT_TRUE(kept[0].weight.equal(counted[0].weight));
@@ -161,9 +171,9 @@ void expect_published(const Pattern& pattern, int64_t columns, int64_t block,
                       const std::vector<int64_t>& dead) {
   Here here;
   const at::Tensor w = normals("w", 200, columns), r = factor_for(columns, dead);
-  std::vector<MatrixTask> tasks = {task_of(w)};
-  prune_sparsegpt(tasks, std::vector<at::Tensor>{r}, std::vector<std::vector<int64_t>>{dead},
-                  pattern, block, false, here.workers, here.group);
+  std::vector<MatrixTask> tasks = {task_of(w, pattern)};
+  prune_sparsegpt(tasks, std::vector<at::Tensor>{r}, std::vector<std::vector<int64_t>>{dead}, block,
+                  false, here.workers, here.group);
   const Plain plain = plain_sparsegpt(w, r, dead, pattern, block);
   ASSERT_TRUE(tasks[0].mask.equal(plain.mask));
   EXPECT_LT((tasks[0].weight - plain.weight).abs().max().item<float>(), 2e-5);
@@ -189,10 +199,12 @@ TEST(Sparsegpt, MatricesThatAdvanceTogetherAreThoseSolvedAlone) {
   const at::Tensor a = normals("a", 200, 96), b = normals("b", 70, 40);
   const std::vector<at::Tensor> factors = {factor_for(40), factor_for(96)};
   const std::vector<std::vector<int64_t>> dead(2);
-  std::vector<MatrixTask> both = {task_of(a, 1), task_of(b, 0)}, one = {task_of(a, 1)},
-                          other = {task_of(b, 0)};
+  std::vector<MatrixTask> both = {task_of(a, unstructured(0.5), 1), task_of(b, kTwoOfFour, 0)},
+                          one = {both[0]}, other = {both[1]};
+  one[0].weight = a.clone(), one[0].mask = both[0].mask.clone();
+  other[0].weight = b.clone(), other[0].mask = both[1].mask.clone();
   for (auto* tasks : {&both, &one, &other})
-    prune_sparsegpt(*tasks, factors, dead, unstructured(0.5), 32, false, here.workers, here.group);
+    prune_sparsegpt(*tasks, factors, dead, 32, false, here.workers, here.group);
   EXPECT_TRUE(both[0].weight.equal(one[0].weight));
   EXPECT_TRUE(both[1].weight.equal(other[0].weight));
 }
@@ -203,10 +215,9 @@ TEST(Sparsegpt, ZerosOfASparseModelAreNeverWritten) {
     at::Tensor w = normals("w", 64, 64);
     w.slice(1, 4, 7).zero_();
     w.slice(1, 40, 41).zero_();
-    std::vector<MatrixTask> tasks = {task_of(w)};
+    std::vector<MatrixTask> tasks = {task_of(w, pattern)};
     prune_sparsegpt(tasks, std::vector<at::Tensor>{factor_for(64)},
-                    std::vector<std::vector<int64_t>>(1), pattern, 32, true, here.workers,
-                    here.group);
+                    std::vector<std::vector<int64_t>>(1), 32, true, here.workers, here.group);
     const at::Tensor zeros = w == 0;
     EXPECT_EQ(tasks[0].weight.masked_select(zeros).abs().max().item<float>(), 0);
     EXPECT_EQ(tasks[0].mask.masked_select(zeros).min().item<int>(), 1);
@@ -217,19 +228,41 @@ TEST(Sparsegpt, ZerosOfASparseModelAreNeverWritten) {
 TEST(Sparsegpt, SparsityZeroChangesNothing) {
   Here here;
   const at::Tensor w = normals("w", 10, 32);
-  std::vector<MatrixTask> tasks = {task_of(w)};
+  std::vector<MatrixTask> tasks = {task_of(w, unstructured(0))};
   prune_sparsegpt(tasks, std::vector<at::Tensor>{factor_for(32)},
-                  std::vector<std::vector<int64_t>>(1), unstructured(0), 32, true, here.workers,
-                  here.group);
+                  std::vector<std::vector<int64_t>>(1), 32, true, here.workers, here.group);
   EXPECT_TRUE(tasks[0].weight.equal(w));
   EXPECT_EQ(tasks[0].mask.max().item<int>(), 0);
 }
 
+TEST(Pruning, EveryMatrixHasItsOwnPattern) {
+  Here here;
+  const at::Tensor w = normals("w", 140, 64);
+  const Floats norms(64, 1.0f);
+  const std::vector<Pattern> patterns = {
+      unstructured(0.3), kTwoOfFour, unstructured(0.75), {2, 8, 0.75}};
+  for (int method = 0; method < 3; ++method) {
+    std::vector<MatrixTask> tasks;
+    for (const Pattern& pattern : patterns) tasks.push_back(task_of(w, pattern));
+    if (method == 0) prune_magnitude(tasks, true, here.workers, here.group);
+    if (method == 1) prune_wanda(tasks, std::vector<Floats>{norms}, true, here.workers, here.group);
+    if (method == 2)
+      prune_sparsegpt(tasks, std::vector<at::Tensor>{factor_for(64)},
+                      std::vector<std::vector<int64_t>>(1), 32, true, here.workers, here.group);
+    for (const MatrixTask& task : tasks) {
+      EXPECT_NEAR(task.mask.to(at::kFloat).mean().item<float>(), task.pattern.sparsity, 0.01);
+      if (task.pattern.unstructured()) continue;
+      const at::Tensor groups = task.mask.reshape({-1, task.pattern.group}).sum(1);
+      EXPECT_TRUE(groups.eq(task.pattern.group - task.pattern.keep).all().item<bool>());
+    }
+  }
+}
+
 TEST(Pruning, AGroupThatDoesNotDivideTheInputsIsRefusedWithTheMatrixName) {
   Here here;
-  std::vector<MatrixTask> tasks = {task_of(normals("w", 4, 30))};
+  std::vector<MatrixTask> tasks = {task_of(normals("w", 4, 30), kTwoOfFour)};
   try {
-    prune_magnitude(tasks, kTwoOfFour, true, here.workers, here.group);
+    prune_magnitude(tasks, true, here.workers, here.group);
     FAIL();
   } catch (const UserError& error) {
     EXPECT_NE(std::string(error.what()).find("block 0 q_proj: pattern 2:4"), std::string::npos);
@@ -242,14 +275,14 @@ TEST(Pruning, AWeightThatIsNotFiniteIsRefusedWithTheMatrixName) {
     for (const int64_t column : {0, 29}) {
       at::Tensor w = normals("w", 4, 30);
       w[3][column] = bad;
-      std::vector<MatrixTask> tasks = {task_of(w)};
-      EXPECT_THROW(prune_magnitude(tasks, unstructured(0.5), true, here.workers, here.group),
-                   NumericalError);
+      std::vector<MatrixTask> tasks = {task_of(w, unstructured(0.5))};
+      EXPECT_THROW(prune_magnitude(tasks, true, here.workers, here.group), NumericalError);
     }
 }
 
 TEST(Tiles, EveryRowBelongsToExactlyOneRank) {
-  std::vector<MatrixTask> tasks = {task_of(at::zeros({300, 2})), task_of(at::zeros({128, 2}))};
+  std::vector<MatrixTask> tasks = {task_of(at::zeros({300, 2}), kTwoOfFour),
+                                   task_of(at::zeros({128, 2}), kTwoOfFour)};
   std::vector<int> owners(428);
   for (int rank = 0; rank < 3; ++rank)
     for (const Tile& tile : tiles_of_rank(tasks, rank, 3))

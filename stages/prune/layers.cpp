@@ -1,0 +1,110 @@
+#include "stages/prune/layers.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <fnmatch.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "pipeline/errors.h"
+
+namespace espalier::prune {
+namespace {
+
+Pattern read_pattern(const config::Section& section) {
+  const std::string text = section.text_or("pattern", "unstructured");
+  const auto sparsity =
+      section.optional_number("sparsity", {.low = 0, .high = 1, .high_open = true});
+  Pattern pattern;
+  try {
+    pattern = parse_pattern(text, sparsity.value_or(0.5));
+  } catch (const UserError& error) {
+    section.fail("pattern", error.what());
+  }
+  if (!pattern.unstructured() && sparsity && std::abs(*sparsity - pattern.sparsity) > 1e-9)
+    section.fail("sparsity", fmt::format("{} contradicts pattern \"{}\", which removes {}; leave "
+                                         "sparsity out (null) or choose pattern unstructured",
+                                         *sparsity, text, pattern.sparsity));
+  return pattern;
+}
+
+Override read_override(const config::Section& section) {
+  Override result{section.text("match"), {}};
+  const bool skip = section.flag_or("skip", false);
+  const bool has_pattern = !section.is_null("pattern") || !section.is_null("sparsity");
+  if (skip == has_pattern)
+    section.fail("match", fmt::format("\"{}\" needs either skip: true, or a pattern or sparsity",
+                                      result.match));
+  const Pattern pattern = read_pattern(section);
+  if (!skip) result.pattern = pattern;
+  return result;
+}
+
+bool glob_matches(const std::string& glob, const model::Architecture& architecture, int64_t block,
+                  const model::Linear& layer) {
+  const std::string last = layer.name.substr(layer.name.rfind('.') + 1);
+  for (const std::string& name : {architecture.tensor_name(block, layer.name), layer.name, last})
+    if (fnmatch(glob.c_str(), name.c_str(), 0) == 0) return true;
+  return false;
+}
+
+void require_match(const std::string& glob, const std::string& key,
+                   const model::Architecture& architecture) {
+  for (int64_t block = 0; block < architecture.blocks; ++block)
+    for (const auto& layer : architecture.linears)
+      if (glob_matches(glob, architecture, block, layer)) return;
+  std::vector<std::string> names;
+  for (const auto& layer : architecture.linears) names.push_back(layer.name);
+  throw UserError(fmt::format("prune.{}: \"{}\" matches no linear layer; a block has {}", key, glob,
+                              fmt::join(names, ", ")));
+}
+
+}  // namespace
+
+LayerChoice read_layer_choice(const config::Section& section) {
+  LayerChoice choice;
+  choice.pattern = read_pattern(section);
+  if (!section.is_null("include")) choice.include = section.texts("include");
+  if (!section.is_null("exclude")) choice.exclude = section.texts("exclude");
+  section.allow({"include", "exclude"});
+  for (const config::Section& item : section.items("overrides"))
+    choice.overrides.push_back(read_override(item));
+  return choice;
+}
+
+std::vector<PlannedLayer> planned_layers(const LayerChoice& choice,
+                                         const model::Architecture& architecture, int64_t block) {
+  std::vector<PlannedLayer> layers;
+  for (const auto& layer : architecture.linears) {
+    const auto matches = [&](const std::string& glob) {
+      return glob_matches(glob, architecture, block, layer);
+    };
+    const auto any = [&](const std::vector<std::string>& globs) {
+      return std::any_of(globs.begin(), globs.end(), matches);
+    };
+    if ((!choice.include.empty() && !any(choice.include)) || any(choice.exclude)) continue;
+    const auto first = std::find_if(choice.overrides.begin(), choice.overrides.end(),
+                                    [&](const Override& item) { return matches(item.match); });
+    if (first == choice.overrides.end())
+      layers.push_back({&layer, choice.pattern, false});
+    else if (first->pattern)
+      layers.push_back({&layer, *first->pattern, true});
+  }
+  return layers;
+}
+
+void require_layers(const LayerChoice& choice, const model::Architecture& architecture) {
+  for (const auto& glob : choice.include) require_match(glob, "include", architecture);
+  for (const auto& glob : choice.exclude) require_match(glob, "exclude", architecture);
+  for (const auto& item : choice.overrides) require_match(item.match, "overrides", architecture);
+  for (int64_t block = 0; block < architecture.blocks; ++block)
+    for (const PlannedLayer& layer : planned_layers(choice, architecture, block))
+      if (!layer.pattern.unstructured() && layer.linear->in % layer.pattern.group != 0)
+        throw UserError(fmt::format(
+            "prune.pattern: {} does not divide the {} inputs of {}; exclude it or choose another "
+            "pattern",
+            layer.pattern.name(), layer.linear->in, layer.linear->name));
+}
+
+}  // namespace espalier::prune

@@ -1,0 +1,80 @@
+#include "stages/prune/method.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "pipeline/errors.h"
+
+namespace espalier::prune {
+namespace {
+
+/// Written out with a value for every method, so that being set says nothing.
+const std::set<std::string> kWithDefault = {"block_size"};
+/// Written out as null whether or not a method that reads them is built in.
+const std::set<std::string> kPinned = {"heads", "criterion"};
+
+struct Entry {
+  MethodFactory factory;
+  std::vector<std::string> own_keys;
+  bool reads(const std::string& key) const {
+    return std::find(own_keys.begin(), own_keys.end(), key) != own_keys.end();
+  }
+};
+
+std::map<std::string, Entry>& registry() {
+  static std::map<std::string, Entry> entries;
+  return entries;
+}
+
+void refuse_keys_of_others(const config::Section& section, const std::string& method) {
+  std::set<std::string> keys = kPinned;
+  for (const auto& [name, entry] : registry())
+    keys.insert(entry.own_keys.begin(), entry.own_keys.end());
+  for (const std::string& key : keys) {
+    if (registry().at(method).reads(key)) continue;
+    section.allow({key});
+    if (section.is_null(key) || kWithDefault.contains(key)) continue;
+    std::vector<std::string> readers;
+    for (const auto& [name, entry] : registry())
+      if (entry.reads(key)) readers.push_back(name);
+    section.fail(
+        key, fmt::format("method {} does not read it ({}); set it to null", method,
+                         readers.empty() ? "nor does any method built in"
+                                         : fmt::format("read by: {}", fmt::join(readers, ", "))));
+  }
+}
+
+}  // namespace
+
+at::Tensor BlockWork::take_gram(int64_t input) {
+  at::Tensor& gram = statistics[static_cast<size_t>(input)].gram;
+  if (keep_statistics) return gram.clone();
+  at::Tensor taken;
+  std::swap(taken, gram);
+  return taken;
+}
+
+MethodRegistration::MethodRegistration(const std::string& name, MethodFactory factory,
+                                       std::vector<std::string> own_keys) {
+  if (!registry().emplace(name, Entry{std::move(factory), std::move(own_keys)}).second)
+    throw DefectError(fmt::format("two pruning methods are called {}", name));
+}
+
+std::vector<std::string> method_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, entry] : registry()) names.push_back(name);
+  return names;
+}
+
+std::unique_ptr<PruningMethod> make_method(const config::Section& section) {
+  const std::string name = section.choice("method", method_names());
+  refuse_keys_of_others(section, name);
+  return registry().at(name).factory(section);
+}
+
+}  // namespace espalier::prune

@@ -1,0 +1,72 @@
+#pragma once
+/// What every pruning method is: it says which statistics of a matrix's input it needs, and prunes
+/// the matrices of one block.
+///
+/// A method is one file: it reads its own keys, and registers itself under the name that
+/// `prune.method` uses. How a block is calibrated, gathered and written is the stage's.
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "pipeline/config/section.h"
+#include "pipeline/driver/stage.h"
+#include "pipeline/model/architecture.h"
+#include "stages/prune/matrix_pruning.h"
+#include "stages/prune/statistics.h"
+
+namespace espalier::prune {
+
+/// One block's matrices and what is known about them.
+struct BlockWork {
+  driver::StageContext& context;  ///< the run, its ranks and workers; other entries' files
+  const model::Architecture& architecture;
+  int64_t block = 0;
+  std::vector<MatrixTask> tasks;  ///< weights whole on every rank; each with its own pattern
+  std::array<InputStatistics, model::kInputs> statistics;  ///< by MatrixTask::statistic
+  bool keep_zeros = true;
+  bool keep_statistics = false;  ///< something after the method reads them
+  /// What a reader may want to know of this block ({"damping": 0.01}): the same on every rank; kept
+  /// in the journal and listed in the metrics.
+  nlohmann::json report = nlohmann::json::object();
+
+  Workers& workers() const { return *context.run.workers; }
+  const comm::Communicator& group() const { return context.run.group; }
+  /// The input's Gram to be changed at will: the statistic itself when nothing reads it afterwards.
+  at::Tensor take_gram(int64_t input);
+};
+
+/// A method as configured.
+class PruningMethod {
+ public:
+  virtual ~PruningMethod() = default;
+  /// Statistics of every pruned matrix's input.
+  virtual Needs needs() const { return {}; }
+  /// Whether weights that stay get other values: these then travel between ranks.
+  virtual bool moves_weights() const { return false; }
+  /// Throws UserError placed at the key when the method cannot prune by `pattern`.
+  virtual void check(const Pattern&) const {}
+  /// Masks and prunes this rank's tiles of every task (see matrix_pruning.h). Collective.
+  virtual void prune(BlockWork& work) = 0;
+};
+
+/// Reads the method's own keys of the `prune` section.
+using MethodFactory = std::function<std::unique_ptr<PruningMethod>(const config::Section&)>;
+
+/// const MethodRegistration registration{"wanda", read_wanda, {"variant"}};
+/// `own_keys`: what the method reads and not every method does.
+struct MethodRegistration {
+  MethodRegistration(const std::string& name, MethodFactory factory,
+                     std::vector<std::string> own_keys = {});
+};
+/// The registered names, sorted.
+std::vector<std::string> method_names();
+/// The method of `prune.method`. Throws UserError listing the names when there is none of that
+/// name, and for a key that is set and that only other methods read.
+std::unique_ptr<PruningMethod> make_method(const config::Section& section);
+
+}  // namespace espalier::prune
