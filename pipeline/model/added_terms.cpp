@@ -99,6 +99,18 @@ std::optional<AddedTerms> load_terms(const io::Checkpoint& checkpoint, const std
   return terms;
 }
 
+std::optional<AddedTerms> load_terms(const io::Checkpoint& checkpoint, const std::string& matrix) {
+  const std::string down = matrix + kMark + "down", up = matrix + kMark + "up";
+  if (!checkpoint.has(down)) return std::nullopt;
+  const bool whole = checkpoint.has(up) && checkpoint.info(up).shape.size() == 2 &&
+                     checkpoint.info(down).shape.size() == 2;
+  if (!whole)
+    throw UserError(fmt::format("{}: tensors {} and {} are not two matrices",
+                                checkpoint.directory().string(), down, up));
+  return load_terms(checkpoint, matrix, checkpoint.info(up).shape[0],
+                    checkpoint.info(down).shape[1]);
+}
+
 bool is_term(const std::string& tensor_name) {
   const size_t at = tensor_name.rfind(kMark);
   if (at == std::string::npos) return false;

@@ -46,6 +46,9 @@ std::vector<std::pair<std::string, at::Tensor>> stored_terms(const std::string& 
 std::optional<AddedTerms> load_terms(const io::Checkpoint& checkpoint, const std::string& matrix,
                                      int64_t out, int64_t in);
 
+/// The same with the matrix's sizes as the terms state them: [up's rows, down's columns].
+std::optional<AddedTerms> load_terms(const io::Checkpoint& checkpoint, const std::string& matrix);
+
 /// True for the names above.
 bool is_term(const std::string& tensor_name);
 /// The matrices that have terms which are not empty, sorted.

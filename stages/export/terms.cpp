@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <map>
 
-#include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/safetensors.h"
 #include "pipeline/model/added_terms.h"
@@ -20,14 +19,8 @@ using Tensors = std::vector<std::pair<std::string, at::Tensor>>;
 
 std::map<std::string, model::AddedTerms> all_terms(const io::Checkpoint& checkpoint) {
   std::map<std::string, model::AddedTerms> all;
-  for (const std::string& matrix : model::matrices_with_terms(checkpoint)) {
-    const std::vector<int64_t>& shape = checkpoint.info(matrix).shape;
-    if (shape.size() != 2)
-      throw UserError(fmt::format("{}: {} has added terms and is no matrix",
-                                  checkpoint.directory().string(), matrix));
-    if (const auto terms = model::load_terms(checkpoint, matrix, shape[0], shape[1]))
-      all.emplace(matrix, *terms);
-  }
+  for (const std::string& matrix : model::matrices_with_terms(checkpoint))
+    if (const auto terms = model::load_terms(checkpoint, matrix)) all.emplace(matrix, *terms);
   return all;
 }
 
@@ -100,8 +93,10 @@ Terms write_terms(const io::Checkpoint& model, const std::filesystem::path& dire
   const auto all = all_terms(model);
   if (all.empty()) return {};
   if (write) std::filesystem::create_directories(adapter);
-  const bool products = std::all_of(all.begin(), all.end(), [](const auto& entry) {
-    return entry.second.low_rank() && !entry.second.sparse() && !entry.second.bias.defined();
+  // A matrix that is stored as a part of another is no module that peft could adapt.
+  const bool products = std::all_of(all.begin(), all.end(), [&](const auto& entry) {
+    return model.has(entry.first) && entry.second.low_rank() && !entry.second.sparse() &&
+           !entry.second.bias.defined();
   });
   if (products) {
     if (write) write_peft(model, adapter, all);
@@ -110,11 +105,13 @@ Terms write_terms(const io::Checkpoint& model, const std::filesystem::path& dire
                         adapter.string())};
   }
   if (write) write_own(adapter, all);
-  return {{own_file},
-          fmt::format("what stands beside {} matrices is in {}: it is more than low-rank products, "
-                      "so no other library loads it; retrain with steps: 0, adapter: previous and "
-                      "merge: dense puts it into the matrices",
-                      all.size(), (directory / own_file).string())};
+  return {
+      {own_file},
+      fmt::format("what stands beside {} matrices is in {}: it is more than low-rank products of "
+                  "whole matrices, so no other library loads it; retrain with steps: 0, adapter: "
+                  "previous and "
+                  "merge: dense puts it into the matrices",
+                  all.size(), (directory / own_file).string())};
 }
 
 }  // namespace espalier::exporting

@@ -15,9 +15,10 @@ struct Terms {
 };
 
 /// Writes the terms of `model` (pipeline/model/added_terms.h) into `directory`/adapter: where all
-/// are low-rank products, as adapter_config.json and adapter_model.safetensors that the peft
-/// library loads on the dense checkpoint in `directory` (scales inside lora_B, lora_alpha = r);
-/// otherwise as terms.safetensors under espalier's names. Every rank calls it, one with `write`.
+/// are low-rank products of matrices that are stored as they are, as adapter_config.json and
+/// adapter_model.safetensors that the peft library loads on the dense checkpoint in `directory`
+/// (scales inside lora_B, lora_alpha = r); otherwise as terms.safetensors under espalier's names.
+/// Every rank calls it, one with `write`.
 Terms write_terms(const io::Checkpoint& model, const std::filesystem::path& directory, bool write);
 
 }  // namespace espalier::exporting

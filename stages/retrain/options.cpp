@@ -13,7 +13,8 @@ namespace {
 /// The keys that other parts of the run read.
 const std::vector<std::string> kForeignKeys = {"stage", "from"};
 /// Keys of methods that say how training goes, not what its parameters mean.
-const std::vector<std::string> kTrainingKeys = {"dropout", "init", "start_norm", "index_sets"};
+const std::vector<std::string> kTrainingKeys = {"dropout", "init", "start_norm", "index_sets",
+                                                "d_initial"};
 
 void read_duration(const config::Section& section, RetrainOptions& options) {
   options.epochs = section.optional_number("epochs", {.low = 0, .low_open = true});

@@ -43,6 +43,21 @@ TEST(CrossEntropy, LossAndGradientAgreeWithTorchInDouble) {
   }
 }
 
+TEST(CrossEntropy, TheHeadsGradientAgreesWithTorchInDouble) {
+  for (const int64_t tokens : {3, 700}) {
+    const Case c = make_case(tokens, 24, 503, at::kFloat);
+    const at::Tensor head = c.head.to(at::kDouble).set_requires_grad(true);
+    at::cross_entropy_loss(at::matmul(c.hidden.to(at::kDouble), head.t()), c.labels, {},
+                           at::Reduction::Sum, data::kIgnored)
+        .backward();
+    const LossSum ours = loss_sum(c.hidden, c.head, c.labels, true, true);
+    const double error =
+        (ours.head_gradient.to(at::kDouble) - head.grad()).abs().max().item<double>();
+    EXPECT_LT(error, 5e-6 * head.grad().abs().max().item<double>());
+    EXPECT_FALSE(loss_sum(c.hidden, c.head, c.labels, true).head_gradient.defined());
+  }
+}
+
 TEST(CrossEntropy, BFloat16GradientIsWithinItsRounding) {
   const Case c = make_case(300, 64, 2000, at::kBFloat16);
   at::Tensor hidden = c.hidden.to(at::kDouble).set_requires_grad(true);
