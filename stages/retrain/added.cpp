@@ -78,7 +78,7 @@ AdaptedMatrix::Gradients AddedMatrix::backward(const at::Tensor& dy, const Saved
   if (positions_.defined()) {
     dy_there = dy.index_select(1, position_rows_);
     const at::Tensor x_there = read.index_select(1, position_columns_);
-    terms.values = dy_there.to(at::kFloat).mul_(x_there).sum(0).mul_(options_.scale);
+    terms.values = dy_there.to(at::kFloat).mul(x_there).sum(0).mul_(options_.scale);
   }
   Gradients gradients;
   gradients.parameters = pull_back(terms);

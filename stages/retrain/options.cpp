@@ -76,6 +76,8 @@ void read_start(const config::Section& section, RetrainOptions& options) {
   options.adapter_previous = adapter == "previous";
   options.adapter_from = section.optional_text("adapter_from");
   options.index_sets = section.optional_text("index_sets");
+  if (options.index_sets == "random" || options.index_sets == "none")
+    options.index_sets.reset();  // no file: the method's own affair
   if (options.adapter_previous && options.adapter_from)
     section.fail("adapter_from", "adapter: previous is set too; set one of them");
   if (options.steps == 0 && !options.adapter_previous && !options.adapter_from)

@@ -8,9 +8,8 @@
 #include "pipeline/comm/communicator.h"
 #include "pipeline/linalg/product.h"
 #include "stages/retrain/adapted_model.h"
-#include "stages/retrain/full.h"
-#include "stages/retrain/spp.h"
 #include "stages/retrain/validation.h"
+#include "tests/unit/retrain/configured_method.h"
 #include "tests/unit/retrain/tiny_llama.h"
 
 namespace espalier::retrain {
@@ -43,7 +42,8 @@ class Retrain : public testing::Test {
     double dropout = 0;
     bool recompute = false;
     at::ScalarType type = at::kBFloat16;
-    bool full = false;  // every tensor, validated every second step, the best kept
+    std::vector<std::string> method = {"retrain=spp", "retrain.row_groups=8"};
+    bool validated = false;  // every second step, the best kept
   };
   /// The adapters after kSteps steps; throws Killed on every rank after `killed_after` steps.
   std::vector<float> trained(const Case& c, const comm::Communicator& group, int worker_count,
@@ -51,14 +51,16 @@ class Retrain : public testing::Test {
     const io::Checkpoint checkpoint = io::Checkpoint::open(directory_);
     const model::Architecture architecture = model::read_architecture(checkpoint);
     const data::TokenSet text = data::TokenSet::open(directory_ / "text.h5");
-    const TrainingData sampler(text, 1, 24, true, {c.full ? 0.3 : 0.0, false});
-    SppOptions options;
-    options.groups = 8;
-    options.dropout = c.dropout;
-    const auto method = c.full ? make_full({}) : make_spp(options);
-    AdaptedModel model(checkpoint, architecture, c.type, *method, {});
-    const auto parameters = model.make_parameters(3);
+    const TrainingData sampler(text, 1, 24, true, {c.validated ? 0.3 : 0.0, false});
+    std::vector<std::string> overrides = c.method;
+    overrides.push_back("retrain.dropout=" + std::to_string(c.dropout));
     Workers workers(worker_count, linalg::one_library_thread);
+    ModelOptions options;
+    options.attach.seed = 5;
+    options.attach.workers = &workers;
+    options.attach.group = &group;
+    AdaptedModel model(checkpoint, architecture, c.type, *configured(overrides), options);
+    const auto parameters = model.make_parameters(3);
 
     train::LoopOptions loop;
     loop.steps = kSteps;
@@ -80,7 +82,7 @@ class Retrain : public testing::Test {
     problem.validate = [&](int64_t) {
       return validation.score(validation.measure(model, 1, workers, group));
     };
-    if (c.full) loop.validate_after = [](int64_t done) { return done % 2 == 0; };
+    if (c.validated) loop.validate_after = [](int64_t done) { return done % 2 == 0; };
     loop.keep_best = true;
     train::LoopEvents events;
     int64_t steps = 0;
@@ -90,7 +92,7 @@ class Retrain : public testing::Test {
     };
     const train::LoopResult result = train::run_loop(loop, problem, events, workers, group);
     std::vector<float> left(parameters->flat().begin(), parameters->flat().end());
-    if (c.full) left.push_back(static_cast<float>(result.best_score));
+    if (c.validated) left.push_back(static_cast<float>(result.best_score));
     return left;
   }
 
@@ -99,8 +101,32 @@ class Retrain : public testing::Test {
 };
 
 TEST_F(Retrain, AdaptersAreTheSameBitsOnAnyNumberOfRanksAndWorkers) {
-  for (const Case c : {Case{}, Case{0.1, false, at::kBFloat16}, Case{0, true, at::kFloat},
-                       Case{0, false, at::kBFloat16, true}}) {
+  for (const Case& c : {Case{}, Case{0.1, false, at::kBFloat16}, Case{0, true, at::kFloat},
+                        Case{0, false, at::kBFloat16, {"retrain=full"}, true}}) {
+    const std::vector<float> alone = trained(c, comm::Communicator::self(), 1);
+    EXPECT_EQ(trained(c, world_, 1), alone);
+    EXPECT_EQ(trained(c, world_, 2), alone);
+  }
+}
+
+/// Every method that has something to train in a model without biases.
+const std::vector<std::vector<std::string>> kMethods = {
+    {"retrain=lora", "retrain.adapter_rank=4"},
+    {"retrain=lora_masked", "retrain.adapter_rank=4"},
+    {"retrain=lora_star", "retrain.adapter_rank=4"},
+    {"retrain=dsee", "retrain.adapter_rank=4", "retrain.index_sets=random"},
+    {"retrain=lora_xs", "retrain.adapter_rank=4"},
+    {"retrain=lora_xs", "retrain.adapter_rank=4", "retrain.subspace=bottom"},
+    {"retrain=vera", "retrain.adapter_rank=8"},
+    {"retrain=ether", "retrain.blocks=4"},
+    {"retrain=ether_plus", "retrain.blocks=4"},
+    {"retrain=oft", "retrain.blocks=8"},
+    {"retrain=naive", "retrain.blocks=8"}};
+
+TEST_F(Retrain, EveryMethodIsTheSameBitsOnAnyNumberOfRanksAndWorkers) {
+  for (const auto& method : kMethods) {
+    SCOPED_TRACE(method.front());
+    const Case c{0.1, false, at::kBFloat16, method};
     const std::vector<float> alone = trained(c, comm::Communicator::self(), 1);
     EXPECT_EQ(trained(c, world_, 1), alone);
     EXPECT_EQ(trained(c, world_, 2), alone);

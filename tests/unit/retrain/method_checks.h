@@ -13,12 +13,12 @@
 #include <string>
 #include <vector>
 
-#include "pipeline/config/compose.h"
 #include "pipeline/errors.h"
 #include "pipeline/linalg/product.h"
 #include "pipeline/random.h"
 #include "stages/retrain/adapter.h"
 #include "stages/retrain/dropout.h"
+#include "tests/unit/retrain/configured_method.h"
 
 namespace espalier::retrain {
 
@@ -68,13 +68,6 @@ struct MethodCase {
   std::string name = "model.layers.0.mlp.up_proj.weight";
   int64_t rows = 12, columns = 8;
 };
-
-inline std::unique_ptr<AdapterMethod> configured(std::vector<std::string> overrides) {
-  const auto directory = std::filesystem::path(ESPALIER_SOURCE_DIR) / "configs";
-  const config::Section section =
-      config::compose({directory, "default", std::move(overrides)}).root().child("retrain");
-  return make_adapter_method(section.text("method"), section);
-}
 
 /// The method at one random matrix, its parameters moved away from the start.
 class MethodAtWork {
