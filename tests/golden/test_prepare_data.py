@@ -168,6 +168,79 @@ def test_choices_are_rows_of_one_question_and_count_on_the_choice(checkpoint, ju
     assert rows(values)[1] == begun(judge, "Question: The pear tree is tied to\nAnswer: the moon")
 
 
+ARC = {"instruction": "Please choose the correct answer to the question: Which tree is flat: trained? \n\nAnswer1: a pear on "
+                      "a wall Answer2: an oak, see Answer1 Answer3: none\n\nAnswer format: answer1/answer2/answer3",
+       "input": "", "output": "the correct answer is answer2", "answer": "answer2"}
+BOOLQ = {"instruction": "Please answer the following question with true or false, question: do pears grow on walls?\n\n"
+                        "Answer format: true/false", "input": "", "output": "the correct answer is true", "answer": "true"}
+BLANK = {"instruction": "Please choose the correct answer to fill in the blank to complete the given sentence: The pear fell "
+                        "before the apple as the _ was riper.\n\nOption1: pear Option2: apple Answer format: "
+                        "option1/option2", "input": "", "output": "the correct answer is option1", "answer": "option1"}
+PAIRS = {  # (context, continuation) of every choice, and the answer, written by hand
+    "arc": (ARC, [("Question: Which tree is flat: trained?\nAnswer:", choice)
+                  for choice in (" a pear on a wall", " an oak, see Answer1", " none")], 1),
+    "obqa": (ARC, [("Which tree is flat: trained?", choice)
+                   for choice in (" a pear on a wall", " an oak, see Answer1", " none")], 1),
+    "siqa": (ARC, [("Q: Which tree is flat: trained?\nA:", choice)
+                   for choice in (" a pear on a wall", " an oak, see Answer1", " none")], 1),
+    "boolq": (BOOLQ, [("Question: do pears grow on walls?\nAnswer:", choice) for choice in (" no", " yes")], 1),
+    "winogrande": (BLANK, [(f"The pear fell before the apple as the {choice}", " was riper.")
+                           for choice in ("pear", "apple")], 0),
+}
+
+
+@pytest.mark.parametrize("template", PAIRS)
+def test_instruction_records_become_the_harnesss_questions(checkpoint, judge, tmp_path, template):
+    record, pairs, answer = PAIRS[template]
+    broken = [{**record, "answer": "answer9"}, {**record, "instruction": "Choose."}, {"instruction": 3, "answer": "true"},
+              {**record, "instruction": record["instruction"].replace("Answer2:", "").replace("Option2:", "")
+               .replace("true/false", "yes/no")}]
+    (tmp_path / "a.json").write_text(json.dumps([record, *broken]))
+    values, told = prepare(checkpoint, tmp_path / "c.h5", "--format", "choices", "--template", template,
+                           "--input", tmp_path / "a.json")
+    assert all(f"record {number}: " in told for number in (1, 2, 3, 4)) and "record 0" not in told
+    assert values["labels"].tolist() == [answer] and values["choice_of"].tolist() == [0] * len(pairs)
+    assert values["shots"] == 0
+    for tokens, mask, characters, (context, continuation) in zip(rows(values), rows(values, "loss_mask"),
+                                                                 values["characters"], pairs):
+        assert tokens == begun(judge, context + continuation)
+        assert mask == [0] * len(begun(judge, context)) + [1] * (len(tokens) - len(begun(judge, context)))
+        assert characters == len(continuation) - 1
+
+
+def test_solved_questions_stand_before_each_and_never_the_question_itself(checkpoint, judge, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([ARC]))
+    other = {**ARC, "answer": "answer1", "instruction": ARC["instruction"].replace("Which tree", "What")}
+    (tmp_path / "shots.json").write_text(json.dumps([ARC, other]))
+    values, _ = prepare(checkpoint, tmp_path / "c.h5", "--format", "choices", "--template", "arc", "--shots", "1",
+                        "--shots-from", tmp_path / "shots.json", "--input", tmp_path / "a.json")
+    assert values["shots"] == 1
+    shot = "Question: What is flat: trained?\nAnswer: a pear on a wall\n\n"
+    assert rows(values)[2] == begun(judge, shot + "Question: Which tree is flat: trained?\nAnswer: none")
+    _, told = prepare(checkpoint, tmp_path / "d.h5", "--format", "choices", "--template", "arc", "--shots", "2",
+                      "--shots-from", tmp_path / "shots.json", "--input", tmp_path / "a.json", code=1)
+    assert "--shots 2" in told
+
+
+def test_rte_is_a_question_too(checkpoint, judge, tmp_path):
+    (tmp_path / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\tA pear.\tA tree.\tnot_entailment\n")
+    values, _ = prepare(checkpoint, tmp_path / "c.h5", "--format", "choices", "--template", "rte", "--input", tmp_path / "dev.tsv")
+    context = "A pear.\nQuestion: A tree. True or False?\nAnswer:"
+    assert rows(values) == [begun(judge, f"{context} {choice}") for choice in ("True", "False")]
+    assert values["labels"].tolist() == [1]
+
+
+def test_long_rows_are_cut_as_transformers_cuts_them(checkpoint, judge, tmp_path):
+    first, second = "The pear tree on the south wall is tied to wires. " * 3, "It is cut back every winter."
+    (tmp_path / "dev.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n0\t{first}\t{second}\tentailment\n")
+    values, _ = prepare(checkpoint, tmp_path / "g.h5", "--format", "glue", "--task", "RTE", "--length", "24",
+                        "--input", tmp_path / "dev.tsv")
+    judged = judge(first, second, truncation=True, max_length=24, return_token_type_ids=True)
+    assert rows(values) == [judged["input_ids"]] and len(judged["input_ids"]) == 24
+    assert rows(values, "token_types") == [judged["token_type_ids"]]
+    assert (values["task"], values["classes"], values["label_names"]) == (b"RTE", 2, b"entailment\nnot_entailment")
+
+
 MRPC = ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
         "1\t10\t11\tHe said \" no .\tHe said no .\r\n"
         "0\t12\t13\t\" Quotes open here\tand close \" there \"\"\r\n"
@@ -190,6 +263,10 @@ def test_glue_is_read_without_quoting_and_without_its_byte_order_mark(checkpoint
     ("CoLA", "gj04\t1\t\tThe pear grew.\ngj04\t0\t*\tGrew pear the.\n", [1, 0]),
     ("SST-2", "sentence\tlabel\na fine tree \t1\n", [1]),
     ("rte", "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tnot_entailment\n", [1]),
+    ("QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tA?\tB?\t1\n", [1]),
+    ("MNLI", "index\tpairID\tsentence1\tsentence2\tlabel1\tgold_label\n0\tx\tA.\tB.\tneutral\tcontradiction\n"
+             "1\tx\tA.\tB.\t-\t-\n", [2]),
+    ("QNLI", "index\tquestion\tsentence\tlabel\n0\tA?\tB.\tentailment\n", [0]),
     ("STS-B", "index\tsentence1\tsentence2\tscore\n0\tA.\tB.\t3.25\n", [3.25])])
 def test_each_glue_task_has_its_columns_and_classes(checkpoint, judge, tmp_path, task, content, labels):
     (tmp_path / "dev.tsv").write_text(content)
@@ -220,6 +297,7 @@ def test_bad_input_ends_in_one_message_and_no_file(checkpoint, tmp_path):
         (["--format", "text", "--input", tmp_path / "none.txt"], "No such file"),
         (["--format", "glue", "--input", tmp_path / "dev.tsv"], "takes --task"),
         (["--format", "glue", "--task", "SST-2", "--input", tmp_path / "dev.tsv"], "no column 'label'"),
+        (["--format", "choices", "--template", "rte", "--input", tmp_path / "dev.tsv"], "no column"),
     ]
     for arguments, message in cases:
         _, told = prepare(checkpoint, tmp_path / "x.h5", *arguments, code=1)

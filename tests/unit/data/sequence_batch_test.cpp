@@ -28,7 +28,7 @@ struct Written {
   std::string kind = "glue", task = "RTE", names = "yes\nno";
   int64_t classes = 2, shots = 0;
   Values offsets = {0, 3, 4, 6}, labels = {1, 0, 1}, choice_of = {0, 0, 1}, characters = {4, 2, 7};
-  std::vector<float> numbers;
+  std::vector<float> numbers = {};
   std::vector<uint8_t> types = {0, 0, 1, 0, 0, 1}, mask = {0, 0, 1, 1, 0, 1};
 
   std::filesystem::path write() const {
