@@ -5,8 +5,10 @@
 
 #include <cmath>
 #include <map>
+#include <sstream>
 
 #include "pipeline/errors.h"
+#include "pipeline/model/stored_layers.h"
 
 namespace espalier::model {
 namespace {
@@ -36,24 +38,48 @@ void require(const io::Checkpoint& checkpoint, const std::string& name,
                                 where, name, c10::toString(info.dtype)));
 }
 
-void require_tensors(const Architecture& a, const io::Checkpoint& checkpoint) {
-  const auto names = [&](const Names& n, const std::string& prefix) {
-    if (!n.weight.empty()) require(checkpoint, prefix + n.weight, {a.hidden});
-    if (!n.bias.empty()) require(checkpoint, prefix + n.bias, {a.hidden});
+void require_names(const io::Checkpoint& checkpoint, const Names& names, const std::string& prefix,
+                   const std::vector<int64_t>& weight, int64_t bias) {
+  if (!names.weight.empty()) require(checkpoint, prefix + names.weight, weight);
+  if (!names.bias.empty()) require(checkpoint, prefix + names.bias, {bias});
+}
+
+/// What stands before the blocks and behind them.
+void require_ends(const Architecture& a, const io::Checkpoint& checkpoint) {
+  const auto optional = [&](const std::string& name, const std::vector<int64_t>& shape) {
+    if (!name.empty()) require(checkpoint, name, shape);
   };
-  require(checkpoint, a.token_embedding, {a.vocabulary, a.hidden});
-  if (!a.position_embedding.empty())
-    require(checkpoint, a.position_embedding, {a.max_positions, a.hidden});
-  names(a.embedding_norm, "");
-  names(a.final_norm, "");
-  if (!a.head.empty()) require(checkpoint, a.head, {a.vocabulary, a.hidden});
+  require(checkpoint, a.token_embedding, {a.vocabulary, a.embedding_size});
+  optional(a.position_embedding, {a.max_positions + a.position_offset, a.hidden});
+  optional(a.type_embedding, {a.token_types, a.hidden});
+  optional(a.project_in, {a.hidden, a.embedding_size});
+  optional(a.project_out, {a.embedding_size, a.hidden});
+  optional(a.head, {a.vocabulary, a.embedding_size});
+  optional(a.head_bias, {a.vocabulary});
+  require_names(checkpoint, a.embedding_norm, "", {a.hidden}, a.hidden);
+  require_names(checkpoint, a.final_norm, "", {a.hidden}, a.hidden);
+  if (!a.relative) return;
+  require(checkpoint, a.relative->embedding, {2 * a.relative->span(), a.hidden});
+  require_names(checkpoint, a.relative->norm, "", {a.hidden}, a.hidden);
+}
+
+void require_tensors(const Architecture& a, const io::Checkpoint& checkpoint) {
+  require_ends(a, checkpoint);
   for (int64_t block = 0; block < a.blocks; ++block) {
     for (const auto& linear : a.linears) {
-      require(checkpoint, a.weight_name(block, linear), {linear.out, linear.in});
-      if (linear.bias) require(checkpoint, a.bias_name(block, linear), {linear.out});
+      require(checkpoint, stored_weight_name(a, block, linear), stored_weight_shape(linear));
+      if (linear.bias)
+        require(checkpoint, stored_bias_name(a, block, linear), {linear.out * linear.stored.parts});
     }
-    names(a.attention_norm, a.tensor_name(block, ""));
-    names(a.feed_forward_norm, a.tensor_name(block, ""));
+    const std::string prefix = a.tensor_name(block, "");
+    require_names(checkpoint, a.attention_norm, prefix, {a.hidden}, a.hidden);
+    require_names(checkpoint, a.feed_forward_norm, prefix, {a.hidden}, a.hidden);
+    require_names(checkpoint, a.query_norm, prefix, {a.head_size}, a.head_size);
+    require_names(checkpoint, a.key_norm, prefix, {a.head_size}, a.head_size);
+    if (!a.relative) continue;
+    const int64_t heads = a.heads * a.head_size;
+    require_names(checkpoint, a.relative->key, prefix, {heads, a.hidden}, heads);
+    require_names(checkpoint, a.relative->query, prefix, {heads, a.hidden}, heads);
   }
 }
 
@@ -100,7 +126,9 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   Architecture architecture = found->second(config, checkpoint);
   architecture.model_type = type;
   // A decoder with a classification head in the place of its output embedding (sequence_head.h).
-  if (!checkpoint.has(architecture.head) && checkpoint.has("score.weight")) architecture.head = "";
+  if (!checkpoint.has(architecture.head) && checkpoint.has("score.weight"))
+    architecture.head = architecture.head_bias = "";
+  if (architecture.embedding_size == 0) architecture.embedding_size = architecture.hidden;
   require_tensors(architecture, checkpoint);
   return architecture;
 }
@@ -147,6 +175,24 @@ std::string ConfigReader::text_or(const std::string& key, const std::string& oth
   if (!has(key)) return otherwise;
   if (!config_[key].is_string()) fail(key + " is not a text");
   return config_[key].get<std::string>();
+}
+
+std::vector<std::string> ConfigReader::texts(const std::string& key) const {
+  std::vector<std::string> texts;
+  if (!has(key)) return texts;
+  if (config_[key].is_array()) {
+    for (const auto& item : config_[key]) {
+      if (!item.is_string()) fail(key + " is not a list of texts");
+      texts.push_back(item.get<std::string>());
+    }
+    return texts;
+  }
+  std::istringstream parts(text_or(key, ""));
+  for (std::string part; std::getline(parts, part, '|');) {
+    const size_t first = part.find_first_not_of(' '), last = part.find_last_not_of(' ');
+    if (first != std::string::npos) texts.push_back(part.substr(first, last - first + 1));
+  }
+  return texts;
 }
 
 ConfigReader ConfigReader::child(const std::string& key) const {

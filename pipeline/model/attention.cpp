@@ -216,7 +216,10 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
     const auto options = x.q.options().dtype(at::kFloat);
     HeadGradients d{at::empty(x.q.sizes(), options), at::zeros(x.k.sizes(), options),
                     at::zeros(x.v.sizes(), options)};
-    at::Tensor p = at::empty({length, length}, x.q.options()), ds = at::empty_like(p);
+    // Columns that no query sees are never written: they must not carry what memory held.
+    at::Tensor p = sees.last.back() < length ? at::zeros({length, length}, x.q.options())
+                                             : at::empty({length, length}, x.q.options());
+    at::Tensor ds = sees.last.back() < length ? at::zeros_like(p) : at::empty_like(p);
     at::Tensor row_dot = at::empty({length}, options);
     for (int64_t head = 0; head < s.heads; ++head) {
       const int64_t key_head = head / group, column = head * s.head_size;

@@ -20,8 +20,12 @@ struct NormWeights {
 
 /// One block's tensors in the type of the products; by Role (gate undefined where not gated).
 struct BlockWeights {
-  std::vector<at::Tensor> weight, bias;  ///< [kRoles]
-  NormWeights attention_norm, feed_forward_norm;
+  std::vector<at::Tensor> weight, bias;  ///< [kRoles], weights [out, in] however they are stored
+  NormWeights attention_norm, feed_forward_norm, query_norm, key_norm;
+  /// DeBERTa's relative positions: their embeddings, normed [2 * span, hidden] (the same for every
+  /// block), and the projections of their own, where the contents' do not serve.
+  at::Tensor relative_positions;
+  NormWeights relative_key, relative_query;  ///< weight [heads * size, hidden] and bias
   /// [kRoles], prepared: what an adapter left beside a matrix. Added behind the hook, whatever it
   /// does.
   std::vector<std::optional<AddedTerms>> added = {};
@@ -66,11 +70,13 @@ at::Tensor block_forward(const Architecture& architecture, const BlockWeights& b
 at::Tensor apply_norm(const Architecture& architecture, const NormWeights& norm,
                       const at::Tensor& x);
 
-/// What stands before the first block and behind the last one.
+/// What stands before the first block and behind the last one; undefined where there is none.
 struct Ends {
   at::Tensor token_embedding, position_embedding, type_embedding;
   NormWeights embedding_norm, final_norm;
-  at::Tensor head;  ///< [vocabulary, hidden]; shares memory with token_embedding when tied
+  at::Tensor head;  ///< [vocabulary, embedding size]; shares memory with token_embedding when tied
+  at::Tensor head_bias;                ///< [vocabulary]
+  at::Tensor project_in, project_out;  ///< [hidden, embedding size] and back
 };
 Ends load_ends(const io::Checkpoint& checkpoint, const Architecture& architecture,
                at::ScalarType dtype, const at::Device& device = at::kCPU);
@@ -78,5 +84,9 @@ Ends load_ends(const io::Checkpoint& checkpoint, const Architecture& architectur
 /// tokens int64 [sequences * length] -> hidden states [tokens, hidden].
 at::Tensor embed(const Architecture& architecture, const Ends& ends, const at::Tensor& tokens,
                  const UnitShape& unit);
+/// What the last block gives [tokens, hidden] -> what the head reads [tokens, embedding size]:
+/// final norm and projection, where there are such. Differentiable in hidden_states.
+at::Tensor finish(const Architecture& architecture, const Ends& ends,
+                  const at::Tensor& hidden_states);
 
 }  // namespace espalier::model

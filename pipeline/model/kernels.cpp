@@ -20,8 +20,9 @@ namespace espalier::model::kernels {
 /// The kernels of one storage, as the processor's best target compiles them.
 template <class T>
 struct Table {
-  void (*rms_norm)(const T*, const T*, int64_t, int64_t, float, T*, float*);
-  void (*rms_norm_backward)(const T*, const T*, const T*, const float*, int64_t, int64_t, T*);
+  // [1]: the weight is stored minus 1.
+  void (*rms_norm[2])(const T*, const T*, int64_t, int64_t, float, T*, float*);
+  void (*rms_norm_backward[2])(const T*, const T*, const T*, const float*, int64_t, int64_t, T*);
   void (*silu_times)(const T*, const T*, int64_t, T*);
   void (*silu_times_backward)(const T*, const T*, const T*, int64_t, T*, T*);
   void (*rotate_heads)(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*,
@@ -93,7 +94,19 @@ inline void sweep(int64_t n, const Body& body, const Tail& tail) {
   for (; i < n; ++i) tail(i);
 }
 
-template <class T>
+/// A norm's factors; kFromOne: stored minus 1.
+template <bool kFromOne, class T>
+inline V gain(D d, const T* weight) {
+  const V w = load(d, weight);
+  if constexpr (kFromOne) return hn::Add(w, hn::Set(d, 1.0f));
+  return w;
+}
+template <bool kFromOne, class T>
+inline float gain(T weight) {
+  return kFromOne ? 1.0f + as_float(weight) : as_float(weight);
+}
+
+template <bool kFromOne, class T>
 void RmsNorm(const T* x, const T* weight, int64_t rows, int64_t n, float eps, T* y,
              float* inverse_rms) {
   const D d;
@@ -114,13 +127,13 @@ void RmsNorm(const T* x, const T* weight, int64_t rows, int64_t n, float eps, T*
     sweep(
         n,
         [&](int64_t i) {
-          store(d, hn::Mul(hn::Mul(load(d, x + i), scale), load(d, weight + i)), y + i);
+          store(d, hn::Mul(hn::Mul(load(d, x + i), scale), gain<kFromOne>(d, weight + i)), y + i);
         },
-        [&](int64_t i) { put(as_float(x[i]) * r * as_float(weight[i]), y + i); });
+        [&](int64_t i) { put(as_float(x[i]) * r * gain<kFromOne>(weight[i]), y + i); });
   }
 }
 
-template <class T>
+template <bool kFromOne, class T>
 void RmsNormBackward(const T* x, const T* weight, const T* dy, const float* inverse_rms,
                      int64_t rows, int64_t n, T* dx) {
   const D d;
@@ -130,9 +143,10 @@ void RmsNormBackward(const T* x, const T* weight, const T* dy, const float* inve
     sweep(
         n,
         [&](int64_t i) {
-          sum = hn::MulAdd(hn::Mul(load(d, dy + i), load(d, weight + i)), load(d, x + i), sum);
+          const V g = hn::Mul(load(d, dy + i), gain<kFromOne>(d, weight + i));
+          sum = hn::MulAdd(g, load(d, x + i), sum);
         },
-        [&](int64_t i) { rest += as_float(dy[i]) * as_float(weight[i]) * as_float(x[i]); });
+        [&](int64_t i) { rest += as_float(dy[i]) * gain<kFromOne>(weight[i]) * as_float(x[i]); });
     const float r = inverse_rms[row];
     const float dot = hn::GetLane(hn::SumOfLanes(d, sum)) + rest;
     const float along = -r * r * r * dot / static_cast<float>(n);
@@ -140,11 +154,11 @@ void RmsNormBackward(const T* x, const T* weight, const T* dy, const float* inve
     sweep(
         n,
         [&](int64_t i) {
-          const V g = hn::Mul(hn::Mul(load(d, dy + i), load(d, weight + i)), vr);
+          const V g = hn::Mul(hn::Mul(load(d, dy + i), gain<kFromOne>(d, weight + i)), vr);
           store(d, hn::MulAdd(load(d, x + i), va, g), dx + i);
         },
         [&](int64_t i) {
-          put(as_float(dy[i]) * as_float(weight[i]) * r + as_float(x[i]) * along, dx + i);
+          put(as_float(dy[i]) * gain<kFromOne>(weight[i]) * r + as_float(x[i]) * along, dx + i);
         });
   }
 }
@@ -345,9 +359,17 @@ void AddTo(float* total, const float* addend, int64_t n) {
 
 template <class T>
 Table<T> MakeTable() {
-  return {RmsNorm<T>,     RmsNormBackward<T>,  SiluTimes<T>,   SiluTimesBackward<T>,
-          RotateHeads<T>, UnrotateHeads<T>,    SoftmaxRows<T>, SoftmaxBackwardRows<T>,
-          RowDots<T>,     ColumnSquareSums<T>, AddTo};
+  return {{RmsNorm<false, T>, RmsNorm<true, T>},
+          {RmsNormBackward<false, T>, RmsNormBackward<true, T>},
+          SiluTimes<T>,
+          SiluTimesBackward<T>,
+          RotateHeads<T>,
+          UnrotateHeads<T>,
+          SoftmaxRows<T>,
+          SoftmaxBackwardRows<T>,
+          RowDots<T>,
+          ColumnSquareSums<T>,
+          AddTo};
 }
 
 void FillTables(Table<float>* f, Table<uint16_t>* b) {
@@ -397,17 +419,19 @@ T* out(void* p, T) {
 
 }  // namespace
 
-void rms_norm(Storage storage, const void* x, const void* weight, int64_t rows, int64_t n,
-              float eps, void* y, float* inverse_rms) {
+void rms_norm(Storage storage, const void* x, const void* weight, bool from_one, int64_t rows,
+              int64_t n, float eps, void* y, float* inverse_rms) {
   with(storage, [&](const auto& f, auto t) {
-    f.rms_norm(in(x, t), in(weight, t), rows, n, eps, out(y, t), inverse_rms);
+    f.rms_norm[from_one](in(x, t), in(weight, t), rows, n, eps, out(y, t), inverse_rms);
   });
 }
 
-void rms_norm_backward(Storage storage, const void* x, const void* weight, const void* dy,
-                       const float* inverse_rms, int64_t rows, int64_t n, void* dx) {
+void rms_norm_backward(Storage storage, const void* x, const void* weight, bool from_one,
+                       const void* dy, const float* inverse_rms, int64_t rows, int64_t n,
+                       void* dx) {
   with(storage, [&](const auto& f, auto t) {
-    f.rms_norm_backward(in(x, t), in(weight, t), in(dy, t), inverse_rms, rows, n, out(dx, t));
+    f.rms_norm_backward[from_one](in(x, t), in(weight, t), in(dy, t), inverse_rms, rows, n,
+                                  out(dx, t));
   });
 }
 

@@ -11,12 +11,12 @@ namespace espalier::model::kernels {
 enum class Storage { float32, bfloat16 };
 
 /// y[i] = x[i] / sqrt(mean(x[i]^2) + eps) * weight, rows of n. inverse_rms [rows] float32 when not
-/// null.
-void rms_norm(Storage storage, const void* x, const void* weight, int64_t rows, int64_t n,
-              float eps, void* y, float* inverse_rms);
+/// null. `from_one`: times 1 + weight, added in float32.
+void rms_norm(Storage storage, const void* x, const void* weight, bool from_one, int64_t rows,
+              int64_t n, float eps, void* y, float* inverse_rms);
 /// dx of the above.
-void rms_norm_backward(Storage storage, const void* x, const void* weight, const void* dy,
-                       const float* inverse_rms, int64_t rows, int64_t n, void* dx);
+void rms_norm_backward(Storage storage, const void* x, const void* weight, bool from_one,
+                       const void* dy, const float* inverse_rms, int64_t rows, int64_t n, void* dx);
 
 /// y = silu(gate) * up, n elements.
 void silu_times(Storage storage, const void* gate, const void* up, int64_t n, void* y);

@@ -36,7 +36,7 @@ Counted counted_of(const at::Tensor& labels, int64_t vocabulary) {
 }
 
 /// Gives body the float32 logits of every chunk: (first counted index, logits [chunk, vocabulary]).
-void for_each_chunk(const at::Tensor& rows, const at::Tensor& head,
+void for_each_chunk(const at::Tensor& rows, const at::Tensor& head, const at::Tensor& bias,
                     const std::function<void(int64_t, at::Tensor&)>& body) {
   const int64_t counted = rows.size(0);
   const at::Tensor buffer =
@@ -45,6 +45,7 @@ void for_each_chunk(const at::Tensor& rows, const at::Tensor& head,
     const int64_t count = std::min(kChunk, counted - first);
     at::Tensor logits = buffer.narrow(0, 0, count);
     linalg::product_into(logits, rows.narrow(0, first, count), head.t());
+    if (bias.defined()) logits.add_(bias);
     body(first, logits);
   }
 }
@@ -52,7 +53,7 @@ void for_each_chunk(const at::Tensor& rows, const at::Tensor& head,
 }  // namespace
 
 LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const at::Tensor& labels,
-                 bool with_gradient, bool with_head_gradient) {
+                 bool with_gradient, bool with_head_gradient, const at::Tensor& bias) {
   const at::NoGradGuard no_grad;
   const int64_t vocabulary = head.size(0);
   const Counted counted = counted_of(labels, vocabulary);
@@ -68,7 +69,7 @@ LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const 
   if (with_gradient && narrow)
     logits_gradient = at::empty({std::min(kChunk, sum.counted), vocabulary}, rows.options());
 
-  for_each_chunk(rows, head, [&](int64_t first, at::Tensor& logits) {
+  for_each_chunk(rows, head, bias, [&](int64_t first, at::Tensor& logits) {
     const int64_t count = logits.size(0);
     float* values = logits.data_ptr<float>();
     for (int64_t i = 0; i < count; ++i) {
@@ -98,7 +99,7 @@ LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const 
 }
 
 at::Tensor token_losses(const at::Tensor& hidden_states, const at::Tensor& head,
-                        const at::Tensor& labels) {
+                        const at::Tensor& labels, const at::Tensor& bias) {
   const at::NoGradGuard no_grad;
   const int64_t vocabulary = head.size(0);
   const Counted counted = counted_of(labels, vocabulary);
@@ -106,7 +107,7 @@ at::Tensor token_losses(const at::Tensor& hidden_states, const at::Tensor& head,
   const int64_t* position = counted.positions.const_data_ptr<int64_t>();
   const at::Tensor losses = at::zeros({labels.numel()}, at::kDouble);
   double* loss = losses.data_ptr<double>();
-  for_each_chunk(hidden_states.index_select(0, counted.positions), head,
+  for_each_chunk(hidden_states.index_select(0, counted.positions), head, bias,
                  [&](int64_t first, at::Tensor& logits) {
                    const float* values = logits.const_data_ptr<float>();
                    for (int64_t i = 0; i < logits.size(0); ++i)

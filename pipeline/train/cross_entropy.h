@@ -19,15 +19,16 @@ struct LossSum {
 /// hidden_states  [tokens, hidden]      float32 or bfloat16, after the final norm
 /// head           [vocabulary, hidden]  the same type
 /// labels         int64 [tokens]        the token to predict at each position, or kIgnored
+/// bias           [vocabulary]          added to the logits when defined
 /// Logits are float32. 2 counted hidden vocabulary FLOPs, twice that with the gradient, three times
 /// with the head's; one thread.
 /// Throws DefectError for a label outside the vocabulary. The loss of non-finite logits is not
 /// finite: the caller, who knows block and step, refuses it.
 LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const at::Tensor& labels,
-                 bool with_gradient, bool with_head_gradient = false);
+                 bool with_gradient, bool with_head_gradient = false, const at::Tensor& bias = {});
 
 /// float64 [tokens]: every label's own loss (0 where ignored), for metrics by sequence or choice.
 at::Tensor token_losses(const at::Tensor& hidden_states, const at::Tensor& head,
-                        const at::Tensor& labels);
+                        const at::Tensor& labels, const at::Tensor& bias = {});
 
 }  // namespace espalier::train

@@ -186,7 +186,7 @@ class MultipleChoice : public Measurement {
                        .masked_fill(set.loss_mask(document, next, length).logical_not(),
                                     data::kIgnored));
       }
-      const at::Tensor losses = train::token_losses(x, ends.head, labels.flatten());
+      const at::Tensor losses = train::token_losses(x, ends.head, labels.flatten(), ends.head_bias);
       const double* loss = losses.const_data_ptr<double>();
       std::vector<double> sums(units[unit].size(), 0.0);
       for (int64_t i = 0; i < losses.numel(); ++i) sums[i / input.shape.length] -= loss[i];

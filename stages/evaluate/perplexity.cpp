@@ -51,7 +51,9 @@ class Perplexity : public Measurement {
     };
     work.score = [&](int64_t, const UnitInput& input, const at::Tensor& x,
                      const model::Ends& ends) {
-      return std::vector{train::loss_sum(x, ends.head, next_tokens(input.tokens), false).loss};
+      return std::vector{
+          train::loss_sum(x, ends.head, next_tokens(input.tokens), false, false, ends.head_bias)
+              .loss};
     };
     const auto losses = score_units(context, checkpoint, architecture, work);
     double sum = 0;  // in the order of the segments, whoever computed them

@@ -56,9 +56,7 @@ std::vector<std::vector<double>> score(driver::StageContext& context,
   const model::Ends ends = model::load_ends(checkpoint, architecture, run.dtype);
   run.workers->for_each(count, [&](int64_t i, int) {
     c10::InferenceMode guard;
-    const at::Tensor x = ends.final_norm.weight.defined()
-                             ? model::apply_norm(architecture, ends.final_norm, hidden[i])
-                             : hidden[i];
+    const at::Tensor x = model::finish(architecture, ends, hidden[i]);
     hidden[i] = at::Tensor();
     scores[i] = work.score(units[i], work.input(units[i]), x, ends);
   });

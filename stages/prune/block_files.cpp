@@ -9,6 +9,7 @@
 #include "pipeline/io/hdf5.h"
 #include "pipeline/io/json.h"
 #include "pipeline/io/safetensors.h"
+#include "pipeline/model/stored_layers.h"
 
 namespace espalier::prune {
 namespace {
@@ -36,8 +37,12 @@ int64_t count_bits(const at::Tensor& packed) {
 
 }  // namespace
 
-BlockFiles::BlockFiles(const driver::StageContext& context)
-    : directory_(context.directory), state_(context.state_directory()) {}
+BlockFiles::BlockFiles(const driver::StageContext& context, const model::Architecture& architecture,
+                       const io::Checkpoint& base)
+    : directory_(context.directory),
+      state_(context.state_directory()),
+      architecture_(architecture),
+      base_(base) {}
 
 std::filesystem::path BlockFiles::weights_file(int64_t block) const {
   return model_directory() / fmt::format("block-{:05}.safetensors", block);
@@ -63,7 +68,7 @@ void BlockFiles::write(int64_t block, std::span<const MatrixTask> tasks, at::Sca
     masks.emplace_back(task.name, pack_bits(task.mask));
     columns[task.name] = std::to_string(task.mask.size(1));
   }
-  io::write_safetensors(weights_file(block), weights);
+  io::write_safetensors(weights_file(block), model::stored_tensors(architecture_, base_, weights));
   io::write_safetensors(mask_file(block), masks, columns);  // last: its presence says "done"
 }
 

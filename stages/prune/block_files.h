@@ -2,8 +2,9 @@
 /// What pruning leaves of each block, written when the block is done: the journal that a restarted
 /// run goes on from, and the parts of the stage's artifacts.
 ///
-///   model/block-00007.safetensors   the block's pruned weights, in the model's dtype
-///   state/mask-00007.safetensors    the same matrices' masks, one bit a weight (1: pruned)
+///   model/block-00007.safetensors   the block's pruned weights, in the model's dtype, by the
+///                                   checkpoint's tensors (pipeline/model/stored_layers.h)
+///   state/mask-00007.safetensors    masks by matrix, one bit a weight (1: pruned)
 ///   masks.h5                        all masks: uint8 [rows, ceil(columns / 8)], most significant
 ///   bit
 ///                                   first, attribute columns; written when every block is done
@@ -15,17 +16,21 @@
 #include <vector>
 
 #include "pipeline/driver/stage.h"
+#include "pipeline/io/checkpoint.h"
+#include "pipeline/model/architecture.h"
 #include "stages/prune/matrix_pruning.h"
 
 namespace espalier::prune {
 
 class BlockFiles {
  public:
-  explicit BlockFiles(const driver::StageContext& context);
+  /// Of a model with this architecture that derives from `base`.
+  BlockFiles(const driver::StageContext& context, const model::Architecture& architecture,
+             const io::Checkpoint& base);
 
   /// Blocks 0 .. done-1 are on disk whole (the same answer on every rank; collective).
   int64_t finished_blocks(const comm::Communicator& group, int64_t blocks) const;
-  /// Written by rank 0: `tasks` named by their weight's tensor name. `report`: an object of what a
+  /// Written by rank 0: `tasks` named by Architecture::weight_name. `report`: an object of what a
   /// reader may want to know of the block.
   void write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype,
              const nlohmann::json& report) const;
@@ -34,7 +39,7 @@ class BlockFiles {
   /// masks.h5 from the journal, and the matrices' zeros: [{name, rows, columns, zeros, sparsity}].
   nlohmann::json assemble_masks(int64_t blocks) const;
   std::filesystem::path model_directory() const { return directory_ / "model"; }
-  /// The written weights of `block`, by tensor name.
+  /// The written weights of `block`, by the checkpoint's tensor names.
   std::filesystem::path weights_file(int64_t block) const;
   /// What belongs to no block and is to outlive a stop; removed when the stage is finished.
   std::filesystem::path state_file(const std::string& name) const { return state_ / name; }
@@ -43,6 +48,8 @@ class BlockFiles {
   std::filesystem::path mask_file(int64_t block) const;
 
   std::filesystem::path directory_, state_;
+  const model::Architecture& architecture_;
+  const io::Checkpoint& base_;
 };
 
 }  // namespace espalier::prune

@@ -13,6 +13,7 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/model/stored_layers.h"
 #include "stages/prune/block_files.h"
 #include "stages/prune/calibration.h"
 #include "stages/prune/conjugate_gradients.h"
@@ -160,8 +161,10 @@ void restore_block(const BlockFiles& files, const model::Architecture& architect
                    model::BlockWeights& block) {
   const io::SafetensorsFile file(files.weights_file(index));
   for (const auto& linear : architecture.linears) {
-    const std::string name = architecture.weight_name(index, linear);
-    if (file.tensors().contains(name)) block.weight[linear.role] = file.view(name).clone();
+    const std::string name = model::stored_weight_name(architecture, index, linear);
+    if (file.tensors().contains(name))
+      block.weight[linear.role] = model::layer_part(architecture, linear, file.view(name))
+                                      .clone(at::MemoryFormat::Contiguous);
   }
 }
 
@@ -169,7 +172,7 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   const driver::RunContext& run = context.run;
   const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
   const model::Architecture architecture = model::read_architecture(checkpoint);
-  const BlockFiles files(context);
+  const BlockFiles files(context, architecture, checkpoint);
   const int64_t done = files.finished_blocks(run.group, architecture.blocks);
   std::vector<BlockAllocation> allocation;
   if (options_.allocation.owl && done < architecture.blocks)

@@ -160,11 +160,6 @@ model::Ends AdaptedModel::current_ends(bool with_graph) const {
   return ends;
 }
 
-at::Tensor AdaptedModel::normed(const model::Ends& ends, const at::Tensor& hidden_states) const {
-  if (!ends.final_norm.weight.defined()) return hidden_states;
-  return model::apply_norm(architecture_, ends.final_norm, hidden_states);
-}
-
 at::Tensor AdaptedModel::forward_block(int64_t block, const at::Tensor& hidden_states,
                                        const Pass& pass) const {
   const auto hook = [&](const model::Linear& linear, const at::Tensor& x, const at::Tensor& weight,
@@ -190,10 +185,11 @@ at::Tensor AdaptedModel::backward_head(const at::Tensor& hidden_states, const Un
   const at::AutoGradMode with_grad(true);
   const model::Ends ends = current_ends(true);
   const at::Tensor input = hidden_states.detach().set_requires_grad(true);
-  const at::Tensor out = normed(ends, input);
+  const at::Tensor out = model::finish(architecture_, ends, input);
   const bool head_trained = ends.head.requires_grad();
-  const train::LossSum sum = train::loss_sum(out.detach(), ends.head.detach(),
-                                             batch.labels.reshape({-1}), true, head_trained);
+  const train::LossSum sum =
+      train::loss_sum(out.detach(), ends.head.detach(), batch.labels.reshape({-1}), true,
+                      head_trained, ends.head_bias);
   loss.loss = sum.loss;
   loss.counted = sum.counted;
   loss.tokens = batch.tokens.numel();
@@ -229,7 +225,7 @@ at::Tensor AdaptedModel::backward_sequence_head(const at::Tensor& hidden_states,
                                                 const train::GradientSink& sink) const {
   const at::AutoGradMode with_grad(true);
   const at::Tensor input = hidden_states.detach().set_requires_grad(true);
-  const at::Tensor out = normed(current_ends(true), input);
+  const at::Tensor out = model::finish(architecture_, current_ends(true), input);
   const at::Tensor value = model::sequence_loss(
       model::sequence_logits(*head_, head_parameters(), out, pass.shape), batch.labels, problem_);
   loss = sequence_loss_of(value.detach(), batch);
@@ -342,15 +338,15 @@ at::Tensor AdaptedModel::hidden_states(const UnitBatch& batch, const UnitKey& ke
       model::embed(architecture_, ends, batch.tokens.reshape({-1}), pass.shape);
   for (size_t b = 0; b < blocks_.size(); ++b)
     hidden_states = forward_block(static_cast<int64_t>(b), hidden_states, pass);
-  return normed(ends, hidden_states);
+  return model::finish(architecture_, ends, hidden_states);
 }
 
 AdaptedModel::Evaluation AdaptedModel::evaluate(const UnitBatch& batch, const UnitKey& key) const {
   const at::NoGradGuard no_grad;
   const at::Tensor last = hidden_states(batch, key);
   if (!head_) {
-    const train::LossSum sum =
-        train::loss_sum(last, output_embedding(), batch.labels.reshape({-1}), false);
+    const train::LossSum sum = train::loss_sum(last, output_embedding(), batch.labels.reshape({-1}),
+                                               false, false, ends_.head_bias);
     return {{sum.loss, sum.counted, batch.tokens.numel()}, {}};
   }
   const at::Tensor logits =

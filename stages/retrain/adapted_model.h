@@ -104,7 +104,6 @@ class AdaptedModel {
   at::Tensor forward_block(int64_t block, const at::Tensor& hidden_states, const Pass& pass) const;
   /// The ends with the trained tensors in their places, as leaves' casts when `with_graph`.
   model::Ends current_ends(bool with_graph) const;
-  at::Tensor normed(const model::Ends& ends, const at::Tensor& hidden_states) const;
   at::Tensor backward_head(const at::Tensor& hidden_states, const UnitBatch& batch,
                            train::UnitLoss& loss, const train::GradientSink& sink,
                            at::Tensor& tied_gradient) const;

@@ -42,8 +42,7 @@ std::vector<at::Tensor> run_written(const AdaptedModel& model, const io::Checkpo
                                        model::rotary_table(a, shape.length), model::plain_linear());
     });
   }
-  if (ends.final_norm.weight.defined())
-    for (at::Tensor& h : hidden) h = model::apply_norm(a, ends.final_norm, h);
+  for (at::Tensor& h : hidden) h = model::finish(a, ends, h);
   return hidden;
 }
 
@@ -59,7 +58,7 @@ void compare_logits(const at::Tensor& trained, const at::Tensor& written, Differ
 }
 
 struct Heads {
-  at::Tensor trained, written;                             // output embeddings, or
+  at::Tensor trained, written, bias;                       // output embeddings, or
   std::optional<model::SequenceHead> head;                 // a head with
   std::vector<at::Tensor> trained_values, written_values;  // its tensors
 };
@@ -68,7 +67,9 @@ Heads heads_of(const AdaptedModel& model, const io::Checkpoint& written) {
   Heads heads;
   if (!model.head()) {
     heads.trained = model.output_embedding();
-    heads.written = model::load_ends(written, model.architecture(), model.dtype()).head;
+    const model::Ends ends = model::load_ends(written, model.architecture(), model.dtype());
+    heads.written = ends.head;
+    heads.bias = ends.head_bias;
     return heads;
   }
   heads.head = model.head();
@@ -93,7 +94,9 @@ Difference compare_unit(const Heads& heads, const UnitBatch& unit, const at::Ten
   for (int64_t first = 0; first < trained.size(0); first += kChunk) {
     const int64_t rows = std::min(kChunk, trained.size(0) - first);
     const auto logits = [&](const at::Tensor& hidden, const at::Tensor& head) {
-      return linalg::product(hidden.narrow(0, first, rows), head.t(), at::kFloat);
+      const at::Tensor product =
+          linalg::product(hidden.narrow(0, first, rows), head.t(), at::kFloat);
+      return heads.bias.defined() ? product + heads.bias : product;
     };
     compare_logits(logits(trained, heads.trained), logits(written, heads.written), difference);
   }

@@ -7,6 +7,7 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/safetensors.h"
+#include "pipeline/model/stored_layers.h"
 
 namespace espalier::retrain {
 
@@ -157,7 +158,8 @@ MergeReport write_model(const std::filesystem::path& directory, const io::Checkp
     const int64_t block = rank + index * ranks;
     const NamedTensors tensors = writer.of_block(targets_of[block], block, reports[worker]);
     if (!tensors.empty())
-      io::write_safetensors(directory / fmt::format("block-{:05}.safetensors", block), tensors);
+      io::write_safetensors(directory / fmt::format("block-{:05}.safetensors", block),
+                            model::stored_tensors(model.architecture(), base, tensors));
   });
   if (group.is_root()) {
     const NamedTensors tensors = writer.of_ends();

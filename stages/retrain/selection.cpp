@@ -5,6 +5,7 @@
 #include <fnmatch.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "pipeline/errors.h"
 
@@ -60,8 +61,9 @@ class SiteList {
   explicit SiteList(const io::Checkpoint& checkpoint) : checkpoint_(checkpoint) {}
 
   template <class Place>
-  void in_block(Site::Kind kind, const std::string& name, int64_t block, Place place) {
-    sites.push_back({{kind, name, block, checkpoint_.info(name).shape}, place, nullptr});
+  void in_block(Site::Kind kind, const std::string& name, int64_t block, std::vector<int64_t> shape,
+                Place place) {
+    sites.push_back({{kind, name, block, std::move(shape)}, place, nullptr});
   }
   template <class Place>
   void in_ends(Site::Kind kind, const std::string& name, int64_t block, Place place) {
@@ -81,21 +83,25 @@ void add_block(SiteList& list, const model::Architecture& a, int64_t block) {
   for (const model::Linear& linear : a.linears) {
     if (!linear.bias) continue;
     list.in_block(
-        Site::Kind::bias, a.bias_name(block, linear), block,
+        Site::Kind::bias, a.bias_name(block, linear), block, {linear.out},
         [role = linear.role](model::BlockWeights& w) -> at::Tensor& { return w.bias[role]; });
   }
-  const auto norm = [&](const model::Names& names, NormPlace place) {
+  const auto norm = [&](const model::Names& names, int64_t size, NormPlace place) {
     if (!names.weight.empty())
-      list.in_block(Site::Kind::norm_weight, a.tensor_name(block, names.weight), block,
+      list.in_block(Site::Kind::norm_weight, a.tensor_name(block, names.weight), block, {size},
                     [place](model::BlockWeights& w) -> at::Tensor& { return place(w).weight; });
     if (!names.bias.empty())
-      list.in_block(Site::Kind::norm_bias, a.tensor_name(block, names.bias), block,
+      list.in_block(Site::Kind::norm_bias, a.tensor_name(block, names.bias), block, {size},
                     [place](model::BlockWeights& w) -> at::Tensor& { return place(w).bias; });
   };
-  norm(a.attention_norm,
+  norm(a.attention_norm, a.hidden,
        [](model::BlockWeights& w) -> model::NormWeights& { return w.attention_norm; });
-  norm(a.feed_forward_norm,
+  norm(a.feed_forward_norm, a.hidden,
        [](model::BlockWeights& w) -> model::NormWeights& { return w.feed_forward_norm; });
+  norm(a.query_norm, a.head_size,
+       [](model::BlockWeights& w) -> model::NormWeights& { return w.query_norm; });
+  norm(a.key_norm, a.head_size,
+       [](model::BlockWeights& w) -> model::NormWeights& { return w.key_norm; });
 }
 
 void add_ends(SiteList& list, const model::Architecture& a) {

@@ -70,6 +70,22 @@ TEST(CrossEntropy, BFloat16GradientIsWithinItsRounding) {
   EXPECT_LT(error.item<double>(), 4e-3 * hidden.grad().norm().item<double>());
 }
 
+TEST(CrossEntropy, ABiasIsAddedToEveryLogit) {
+  const Case c = make_case(300, 24, 503, at::kFloat);
+  const at::Tensor bias = at::randn({503});
+  at::Tensor hidden = c.hidden.to(at::kDouble).set_requires_grad(true);
+  const at::Tensor logits = at::matmul(hidden, c.head.to(at::kDouble).t()) + bias.to(at::kDouble);
+  const at::Tensor loss =
+      at::cross_entropy_loss(logits, c.labels, {}, at::Reduction::Sum, data::kIgnored);
+  loss.backward();
+  const LossSum ours = loss_sum(c.hidden, c.head, c.labels, true, false, bias);
+  EXPECT_NEAR(ours.loss, loss.item<double>(), 2e-6 * loss.item<double>());
+  const double error = (ours.gradient.to(at::kDouble) - hidden.grad()).abs().max().item<double>();
+  EXPECT_LT(error, 5e-6 * hidden.grad().abs().max().item<double>());
+  const double each = token_losses(c.hidden, c.head, c.labels, bias).sum().item<double>();
+  EXPECT_NEAR(each, ours.loss, 1e-9 * ours.loss);
+}
+
 TEST(CrossEntropy, LossesByTokenAddUpAndIgnoredOnesAreZero) {
   const Case c = make_case(300, 16, 501, at::kFloat);
   const at::Tensor each = token_losses(c.hidden, c.head, c.labels);
