@@ -99,4 +99,4 @@ def test_grebsmo_is_never_worse_than_the_published_program_at_its_rank(tmp_path)
     print(f"objective {figures['objective']:.6g} in {figures['iterations']} steps; published {objective(residual):.6g}")
     assert figures["objective"] <= objective(residual)
     narrow = weights[figures["name"].replace("q_proj", "v_proj")].double().numpy()
-    assert published(narrow)[2] == 0
+    assert published(narrow, outer_steps=60)[2] == 0

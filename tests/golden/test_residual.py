@@ -49,9 +49,10 @@ class Residual:
         self.bits = int(file.attrs["bits"])
         self.polar = bool(file.attrs["polar"])
         self.contents = json.loads(bytes(file["contents"][:]))
+        def numbers(name):  # empty data sets are not stored
+            return file[name][:].astype(float) if name in file else np.empty(0)
         self.codes = np.unpackbits(file["codes"][:], bitorder="little")
-        self.scales = file["scales"][:].astype(float)
-        self.diagonals = file["diagonals"][:].astype(float)
+        self.scales, self.diagonals = numbers("scales"), numbers("diagonals")
         self.whole = file["whole"][:].tobytes() if "whole" in file else b""
 
     def take(self, dataset, count):
