@@ -25,7 +25,7 @@ std::string usage() {
 
 usage: espalier [flags] [overrides]
        mpirun -n RANKS espalier [flags] [overrides]
-       espalier decode BASE RESIDUAL.h5 OUT     a residual on its base, as a dense checkpoint
+       espalier decode BASE RESIDUAL.h5... OUT  residuals on their base, as a dense checkpoint
 
 flags
   --config-name NAME    the configuration (default: default)
@@ -52,9 +52,9 @@ CommandLine read_command_line(int count, char** arguments) {
   if (!words.empty() && words[0] == "decode") {
     line.wish = CommandLine::Wish::decode;
     line.decode.assign(words.begin() + 1, words.end());
-    if (line.decode.size() != 3)
-      throw UserError(
-          fmt::format("decode takes BASE RESIDUAL.h5 OUT; {} words are given", line.decode.size()));
+    if (line.decode.size() < 3)
+      throw UserError(fmt::format("decode takes BASE RESIDUAL.h5... OUT; {} words are given",
+                                  line.decode.size()));
     return line;
   }
   // "--flag value" and "--flag=value".

@@ -14,7 +14,7 @@ struct CommandLine {
   Wish wish = Wish::run;
   bool multirun = false, resolve = false;
   config::Request request;
-  std::vector<std::string> decode;  ///< BASE RESIDUAL OUT
+  std::vector<std::string> decode;  ///< BASE RESIDUAL... OUT
 };
 
 /// Throws UserError that states the usage for what it does not know.

@@ -77,8 +77,10 @@ void print(const CommandLine& line) {
       return;
     case CommandLine::Wish::decode:
       linalg::one_library_thread();
-      compress::decode_residual(line.decode[0], line.decode[1], line.decode[2]);
-      fmt::print("decoded into {}\n", line.decode[2]);
+      compress::decode_residuals(line.decode.front(),
+                                 {line.decode.begin() + 1, line.decode.end() - 1},
+                                 line.decode.back());
+      fmt::print("decoded into {}\n", line.decode.back());
       return;
     case CommandLine::Wish::run:
       return;

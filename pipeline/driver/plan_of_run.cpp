@@ -9,6 +9,7 @@
 
 #include "pipeline/driver/machine.h"
 #include "pipeline/errors.h"
+#include "pipeline/io/checkpoint_layout.h"
 
 namespace espalier::driver {
 namespace {
@@ -67,7 +68,7 @@ Shared read_shared(const config::Section& root) {
   read_cluster(root.child("cluster"), shared);
   const config::Section model = root.child("model");
   shared.model = model.text("path");
-  if (!std::filesystem::is_directory(shared.model))
+  if (!io::is_model_path(shared.model))
     model.fail("path", fmt::format("{} is no directory; a checkpoint as transformers writes it is "
                                    "expected",
                                    shared.model.string()));
@@ -98,7 +99,7 @@ std::vector<Entry> read_entries(const config::Section& root, const Shared& share
     entry.from = section.text_or("from", previous);
     require_model(section, "from", entry.from, entries);
     if (entry.kind == "compress" && !section.is_null("base") &&
-        !std::filesystem::is_directory(section.text("base")))
+        !io::is_model_path(section.text("base")))
       require_model(section, "base", section.text("base"), entries);
     entry.stage = make_stage(entry.kind, section);
     entry.canonical = section.canonical();

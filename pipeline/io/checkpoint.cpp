@@ -21,17 +21,21 @@ namespace fs = std::filesystem;
 
 constexpr size_t kMaxChain = 64;
 
-/// A tensor and the file that holds it.
+/// A tensor, the file that holds it, and its name there.
 struct Place {
   SafetensorsFile file;
   const TensorInfo* info;
+  std::string inner;
+
+  at::Tensor view() const { return file.view(inner); }
+  void drop() const { file.drop(inner); }
 };
 
 using Places = std::map<std::string, Place>;
 
 void add_file(Places& places, const SafetensorsFile& file) {
   for (const auto& [name, info] : file.tensors()) {
-    const auto [place, added] = places.try_emplace(name, Place{file, &info});
+    const auto [place, added] = places.try_emplace(name, Place{file, &info, name});
     if (!added) {
       throw UserError(
           fmt::format("{}: tensor \"{}\" stands in {} too; one of the files is left over "
@@ -81,7 +85,7 @@ Places open_index(const fs::path& index) {
       throw UserError(fmt::format("{}: tensor \"{}\" is said to be in {}, which does not hold it",
                                   index.string(), tensor, name));
     }
-    places.emplace(tensor, Place{shard->second, &found->second});
+    places.emplace(tensor, Place{shard->second, &found->second, tensor});
   }
   return places;
 }
@@ -104,16 +108,19 @@ Places open_index(const fs::path& index) {
     }
   }
   throw UserError(
-      fmt::format("{}: holds none of {}, {}, {}; a model directory as transformers writes "
-                  "it is expected",
+      fmt::format("{}: holds none of {}, {}, {}, nor other *.safetensors files or folders of them; "
+                  "a model directory as transformers writes it is expected",
                   directory.string(), kWeightsFile, kIndexFile, kDerivedFile));
 }
 
-Places open_plain(const fs::path& directory) {
-  // The second pair is what the diffusers library writes.
-  for (const char* stem : {"model.safetensors", "diffusion_pytorch_model.safetensors"}) {
-    const fs::path whole = directory / stem;
-    const fs::path index = directory / (std::string(stem) + ".index.json");
+using Parts = std::map<std::string, std::string>;
+
+/// The weights that a library names as it does; `stem` tells how. Empty when there are none.
+Places open_named(const fs::path& directory, std::string& stem) {
+  for (const char* known : kStems) {
+    const fs::path whole = directory / (std::string(known) + ".safetensors");
+    const fs::path index = directory / (std::string(known) + ".safetensors.index.json");
+    stem = known;
     if (fs::exists(whole)) {
       Places places;
       add_file(places, SafetensorsFile(whole));
@@ -121,7 +128,38 @@ Places open_plain(const fs::path& directory) {
     }
     if (fs::exists(index)) return open_index(index);
   }
-  refuse_directory(directory);
+  return {};
+}
+
+/// The parts of a model that is a directory of models, "unet/NAME".
+Places open_parts(const fs::path& directory, Parts& parts) {
+  Places places;
+  for (const std::string& part : subdirectories(directory)) {
+    std::string stem;
+    for (auto& [name, place] : open_named(directory / part, stem)) {
+      parts[part] = stem;
+      places.emplace(part + "/" + name, std::move(place));
+    }
+  }
+  return places;
+}
+
+Places open_plain(const fs::path& path, Parts& parts) {
+  Places places;
+  if (fs::is_regular_file(path)) {
+    add_file(places, SafetensorsFile(path));
+    return places;
+  }
+  if (!fs::is_directory(path)) refuse_directory(path);
+  std::string stem;
+  places = open_named(path, stem);
+  if (!places.empty()) return places;
+  if (!fs::exists(path / "model_index.json"))
+    for (const std::string& name : safetensors_files(path))
+      add_file(places, SafetensorsFile(path / name));
+  if (places.empty()) places = open_parts(path, parts);
+  if (places.empty()) refuse_directory(path);
+  return places;
 }
 
 std::string text_field(const json& content, const char* key, const fs::path& file) {
@@ -148,17 +186,17 @@ std::string describe(const std::string& name, const TensorInfo& info) {
 /// Checksums of tensors already read by this process, by the identity of their file.
 class ChecksumCache {
  public:
-  std::string of(const std::string& name, const Place& place) {
+  std::string of(const Place& place) {
     const std::string key = key_of(place);
     {
       const std::lock_guard lock(mutex_);
       const auto found = known_.find(key);
       if (found != known_.end()) return found->second;
     }
-    const at::Tensor view = place.file.view(name);
+    const at::Tensor view = place.view();
     const std::string result =
         checksum({static_cast<const std::byte*>(view.const_data_ptr()), view.nbytes()});
-    place.file.drop(name);
+    place.drop();
     const std::lock_guard lock(mutex_);
     return known_.emplace(key, result).first->second;
   }
@@ -182,9 +220,9 @@ ChecksumCache& checksum_cache() {
 }
 
 /// First, middle and last bytes of a tensor.
-std::string samples(const std::string& name, const Place& place) {
+std::string samples(const Place& place) {
   constexpr int64_t kSample = 256;
-  const at::Tensor view = place.file.view(name);
+  const at::Tensor view = place.view();
   const auto* data = static_cast<const char*>(view.const_data_ptr());
   const int64_t bytes = place.info->bytes();
   const int64_t count = std::min(kSample, bytes);
@@ -192,7 +230,7 @@ std::string samples(const std::string& name, const Place& place) {
   for (const int64_t begin : {int64_t{0}, (bytes - count) / 2, bytes - count}) {
     text.append(data + begin, static_cast<size_t>(count));
   }
-  place.file.drop(name);
+  place.drop();
   return checksum(text);
 }
 
@@ -203,6 +241,7 @@ struct Checkpoint::State {
   fs::path root;
   json config;
   Places places;
+  Parts parts;
   std::shared_ptr<const State> base;  // null when this is the root
   std::string base_checksum;
 
@@ -248,9 +287,9 @@ std::shared_ptr<Checkpoint::State> Checkpoint::State::open(const fs::path& direc
 
 void Checkpoint::State::open_root() {
   root = directory;
-  places = open_plain(directory);
+  places = open_plain(directory, parts);
   const fs::path file = directory / kConfigFile;
-  if (!fs::exists(file)) return;
+  if (!fs::is_directory(directory) || !fs::exists(file)) return;
   config = parse_json(read_file(file, kMaxConfigBytes), file.string());
   if (!config.is_object()) {
     throw UserError(fmt::format("{}: is not a JSON object", file.string()));
@@ -262,9 +301,9 @@ void Checkpoint::State::open_derived(std::vector<fs::path>& chain) {
   const json content = parse_json(read_file(file, kMaxConfigBytes), file.string());
   const fs::path named = text_field(content, "base", file);
   const fs::path base_directory = (directory / named).lexically_normal();
-  if (!fs::is_directory(base_directory)) {
+  if (!is_model_path(base_directory)) {
     throw UserError(
-        fmt::format("{}: its base {} is no directory; put the base model back there, or "
+        fmt::format("{}: its base {} is no model; put the base model back there, or "
                     "write its new place into \"base\"",
                     file.string(), base_directory.string()));
   }
@@ -281,6 +320,7 @@ void Checkpoint::State::open_derived(std::vector<fs::path>& chain) {
                     file.string(), base_directory.string(), found, expected));
   }
   root = base->root;
+  parts = base->parts;
   config = base->config;
   for (const std::string& name : safetensors_files(directory)) {
     add_file(places, SafetensorsFile(directory / name));
@@ -306,6 +346,8 @@ std::vector<std::filesystem::path> Checkpoint::chain() const {
   return directories;
 }
 
+const std::map<std::string, std::string>& Checkpoint::parts() const { return state_->parts; }
+
 const nlohmann::json& Checkpoint::config() const {
   if (state_->config.is_null()) {
     throw UserError(
@@ -327,21 +369,19 @@ const TensorInfo& Checkpoint::info(const std::string& name) const {
   return *state_->place(name).info;
 }
 
-at::Tensor Checkpoint::view(const std::string& name) const {
-  return state_->place(name).file.view(name);
-}
+at::Tensor Checkpoint::view(const std::string& name) const { return state_->place(name).view(); }
 
-void Checkpoint::drop(const std::string& name) const { state_->place(name).file.drop(name); }
+void Checkpoint::drop(const std::string& name) const { state_->place(name).drop(); }
 
 std::string Checkpoint::tensors_checksum() const {
   std::string list;
   for (const auto& [name, place] : state_->places)
-    list += describe(name, *place.info) + checksum_cache().of(name, place);
+    list += describe(name, *place.info) + checksum_cache().of(place);
   return checksum(list);
 }
 
 std::string Checkpoint::tensor_checksum(const std::string& name) const {
-  return checksum_cache().of(name, state_->place(name));
+  return checksum_cache().of(state_->place(name));
 }
 
 void Checkpoint::learn_tensor_checksum(const std::string& name, const std::string& checksum) const {
@@ -351,7 +391,7 @@ void Checkpoint::learn_tensor_checksum(const std::string& name, const std::strin
 std::string Checkpoint::fingerprint() const {
   std::string list;
   for (const auto& [name, place] : state_->places) {
-    list += describe(name, *place.info) + samples(name, place);
+    list += describe(name, *place.info) + samples(place);
   }
   return checksum(list);
 }

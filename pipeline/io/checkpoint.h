@@ -2,6 +2,11 @@
 /// A model on disk: a directory as `transformers` writes it, or an espalier model directory that
 /// stores only what a stage changed and names the model it stands on.
 ///
+/// Also any other tensors by name, without an architecture: a single *.safetensors file, a
+/// directory of such files, what the diffusers library writes (diffusion_pytorch_model.*), and a
+/// directory of parts (model_index.json, or no weights of its own): the tensors of unet/,
+/// text_encoder/ ... are "unet/NAME".
+///
 /// A derived directory holds `derived.json` ({"base": DIR, "base_checksum": ...,
 /// "base_fingerprint":
 /// ...}) and any number of safetensors files; a tensor found in the directory hides the base's.
@@ -13,6 +18,7 @@
 
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -25,8 +31,8 @@ namespace espalier::io {
 class Checkpoint {
  public:
   /// Opens and checks headers of all files (model.safetensors, or model.safetensors.index.json with
-  /// its shards; derived directories recursively, each base held against the fingerprint in
-  /// derived.json). Throws UserError naming directory and file.
+  /// its shards; else whatever stands above; derived directories recursively, each base held
+  /// against the fingerprint in derived.json). Throws UserError naming directory and file.
   static Checkpoint open(const std::filesystem::path& directory);
 
   const std::filesystem::path& directory() const;
@@ -34,6 +40,9 @@ class Checkpoint {
   const std::filesystem::path& root() const;
   /// This directory and those it stands on, down to the root.
   std::vector<std::filesystem::path> chain() const;
+  /// Of a directory of parts each folder and the stem of its weights' name ("unet":
+  /// "diffusion_pytorch_model"); else empty.
+  const std::map<std::string, std::string>& parts() const;
   /// config.json, parsed (bounded size and depth). Throws UserError when the root has none.
   const nlohmann::json& config() const;
   std::vector<std::string> names() const;  ///< sorted
@@ -72,8 +81,9 @@ constexpr int64_t kShardBytes = int64_t{5} << 30;
 /// A model written whole: shards of at most `shard_bytes` with the index when more than one,
 /// config.json (dtype field set to the tensors'), tokenizer and generation files carried along.
 /// Each tensor is cast to `dtype` when floating point. Tied tensors that the root stores once are
-/// stored once. Atomic by file; streams a tensor at a time. In parts, so that several processes can
-/// share the shards: begin() by one of them, then every shard by any, then finish() by one.
+/// stored once. A model of parts is written as parts, each with its companions. Atomic by file;
+/// streams a tensor at a time. In parts, so that several processes can share the shards: begin() by
+/// one of them, then every shard by any, then finish() by one.
 class DenseExport {
  public:
   /// Throws UserError when `directory` is one that the model itself stands on.

@@ -12,16 +12,14 @@
 namespace espalier::io {
 namespace {
 
-/// The regular files (links followed: hubs store models as links) whose name `wanted` accepts.
+/// Names of the entries that `wanted` accepts, sorted.
 template <typename Wanted>
-std::vector<std::string> files_of(const std::filesystem::path& directory, Wanted wanted) {
+std::vector<std::string> entries_of(const std::filesystem::path& directory, Wanted wanted) {
   std::error_code error;
   std::vector<std::string> names;
   std::filesystem::directory_iterator entry(directory, error), end;
   for (; !error && entry != end; entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
-    std::error_code of_entry;
-    if (wanted(name) && entry->is_regular_file(of_entry)) names.push_back(name);
+    if (wanted(*entry)) names.push_back(entry->path().filename().string());
   }
   if (error) {
     throw UserError(
@@ -29,6 +27,15 @@ std::vector<std::string> files_of(const std::filesystem::path& directory, Wanted
   }
   std::sort(names.begin(), names.end());
   return names;
+}
+
+/// The regular files (links followed: hubs store models as links) whose name `wanted` accepts.
+template <typename Wanted>
+std::vector<std::string> files_of(const std::filesystem::path& directory, Wanted wanted) {
+  return entries_of(directory, [&](const auto& entry) {
+    std::error_code error;
+    return wanted(entry.path().filename().string()) && entry.is_regular_file(error);
+  });
 }
 
 bool is_companion(const std::string& name) {
@@ -44,17 +51,32 @@ bool is_companion(const std::string& name) {
 
 }  // namespace
 
-std::string shard_name(size_t index, size_t count) {
-  if (count == 1) return kWeightsFile;
-  return fmt::format("model-{:05}-of-{:05}.safetensors", index + 1, count);
+std::string shard_name(size_t index, size_t count, const std::string& stem) {
+  if (count == 1) return stem + ".safetensors";
+  return fmt::format("{}-{:05}-of-{:05}.safetensors", stem, index + 1, count);
 }
 
-bool is_shard_name(const std::string& name) {
-  static const std::regex pattern("model-[0-9]+-of-[0-9]+\\.safetensors");
+bool is_model_path(const std::filesystem::path& path) {
+  std::error_code error;
+  return std::filesystem::is_directory(path, error) ||
+         (path.extension() == ".safetensors" && std::filesystem::is_regular_file(path, error));
+}
+
+std::vector<std::string> subdirectories(const std::filesystem::path& directory) {
+  return entries_of(directory, [](const auto& entry) {
+    std::error_code error;
+    return entry.is_directory(error);
+  });
+}
+
+bool is_weights_name(const std::string& name) {
+  static const std::regex pattern("(diffusion_pytorch_)?model(-[0-9]+-of-[0-9]+)?\\.safetensors");
   return std::regex_match(name, pattern);
 }
 
 std::vector<std::string> companion_files(const std::filesystem::path& root) {
+  std::error_code error;
+  if (std::filesystem::is_regular_file(root, error)) return {};
   return files_of(root, is_companion);
 }
 

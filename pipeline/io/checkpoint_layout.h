@@ -14,11 +14,20 @@ inline constexpr const char* kIndexFile = "model.safetensors.index.json";
 inline constexpr size_t kMaxConfigBytes = size_t{16} << 20;
 inline constexpr size_t kMaxIndexBytes = size_t{100} << 20;
 
-/// The shard `index` (from 0) of `count`: model.safetensors, or model-00001-of-00003.safetensors.
-std::string shard_name(size_t index, size_t count);
+/// What names the weights: transformers', and what the diffusers library writes.
+inline constexpr const char* kStems[] = {"model", "diffusion_pytorch_model"};
 
-/// Whether a name is one that a dense checkpoint's shards have (any count).
-bool is_shard_name(const std::string& name);
+/// The shard `index` (from 0) of `count`: model.safetensors, or model-00001-of-00003.safetensors.
+std::string shard_name(size_t index, size_t count, const std::string& stem = kStems[0]);
+
+/// Whether a name is one that shard_name gives (any count).
+bool is_weights_name(const std::string& name);
+
+/// A model directory, or a single file of tensors (*.safetensors).
+bool is_model_path(const std::filesystem::path& path);
+
+/// Subdirectories, sorted.
+std::vector<std::string> subdirectories(const std::filesystem::path& directory);
 
 /// Names of the files of `root` that belong beside the weights of an export: tokenizer, vocabulary,
 /// generation settings, chat template. Sorted.

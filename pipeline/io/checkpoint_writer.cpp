@@ -26,12 +26,24 @@ int64_t bytes_of(const TensorPlan& tensor) {
   return bytes;
 }
 
+/// A model or one part of it: the tensors whose names begin with `prefix`, written without it.
+struct Part {
+  std::string prefix, stem;
+  std::vector<Shard> shards;
+
+  std::string file(size_t shard) const { return shard_name(shard, shards.size(), stem); }
+  std::string index() const { return stem + ".safetensors.index.json"; }
+};
+
 /// Tensors by name into shards, each full before the next; a tensor above the limit stands alone.
-std::vector<Shard> plan_shards(const Checkpoint& model, at::ScalarType dtype, int64_t shard_bytes) {
+std::vector<Shard> plan_shards(const Checkpoint& model, const std::string& prefix,
+                               at::ScalarType dtype, int64_t shard_bytes) {
   std::vector<Shard> shards(1);
   for (const std::string& name : model.names()) {
+    if (!name.starts_with(prefix)) continue;
     const TensorInfo& info = model.info(name);
-    TensorPlan tensor{name, at::isFloatingType(info.dtype) ? dtype : info.dtype, info.shape};
+    TensorPlan tensor{name.substr(prefix.size()),
+                      at::isFloatingType(info.dtype) ? dtype : info.dtype, info.shape};
     const int64_t bytes = bytes_of(tensor);
     if (!shards.back().tensors.empty() && shards.back().bytes + bytes > shard_bytes) {
       shards.emplace_back();
@@ -62,9 +74,10 @@ void refuse_overwriting_sources(const Checkpoint& model, const fs::path& directo
 /// What an earlier export left and this one does not replace. The index goes first: without it the
 /// directory is no model until this export is complete.
 void remove_stale(const fs::path& directory, const std::set<std::string>& written) {
-  std::vector<std::string> stale{kIndexFile, kDerivedFile};
+  std::vector<std::string> stale{kDerivedFile};
+  for (const char* stem : kStems) stale.push_back(std::string(stem) + ".safetensors.index.json");
   for (const std::string& name : safetensors_files(directory)) {
-    const bool ours = name == kWeightsFile || is_shard_name(name);
+    const bool ours = is_weights_name(name);
     if (ours && written.count(name) == 0) stale.push_back(name);
   }
   for (const std::string& name : stale) {
@@ -74,25 +87,42 @@ void remove_stale(const fs::path& directory, const std::set<std::string>& writte
   }
 }
 
-void write_one_shard(const Checkpoint& model, const fs::path& file, const Shard& shard) {
+void write_one_shard(const Checkpoint& model, const std::string& prefix, const fs::path& file,
+                     const Shard& shard) {
   SafetensorsWriter writer(file, shard.tensors, {{"format", "pt"}});
   for (const TensorPlan& tensor : shard.tensors) {
-    writer.append(model.view(tensor.name).to(tensor.dtype));
-    model.drop(tensor.name);
+    writer.append(model.view(prefix + tensor.name).to(tensor.dtype));
+    model.drop(prefix + tensor.name);
   }
   writer.commit();
 }
 
-void write_index(const fs::path& directory, const std::vector<Shard>& shards) {
+void write_index(const fs::path& directory, const Part& part) {
   json map = json::object();
   int64_t total = 0;
-  for (size_t i = 0; i < shards.size(); ++i) {
-    total += shards[i].bytes;
-    for (const TensorPlan& tensor : shards[i].tensors)
-      map[tensor.name] = shard_name(i, shards.size());
+  for (size_t i = 0; i < part.shards.size(); ++i) {
+    total += part.shards[i].bytes;
+    for (const TensorPlan& tensor : part.shards[i].tensors) map[tensor.name] = part.file(i);
   }
   const json index = {{"metadata", {{"total_size", total}}}, {"weight_map", map}};
-  write_file(directory / kIndexFile, index.dump(2) + "\n");
+  write_file(directory / part.index(), index.dump(2) + "\n");
+}
+
+/// Everything beside the weights of a model of parts: configurations, tokenizers, schedulers.
+std::vector<std::string> files_beside_weights(const fs::path& root) {
+  constexpr uintmax_t kLargest = uintmax_t{64} << 20;  // more is weights in another format
+  constexpr int kMaxDepth = 3;
+  std::vector<std::string> names;
+  for (auto entry = fs::recursive_directory_iterator(root);
+       entry != fs::recursive_directory_iterator(); ++entry) {
+    if (entry.depth() == kMaxDepth) entry.disable_recursion_pending();
+    const std::string name = entry->path().filename().string();
+    const bool weights = name.find(".safetensors") != std::string::npos || name.ends_with(".bin");
+    if (entry->is_regular_file() && !weights && entry->file_size() <= kLargest)
+      names.push_back(entry->path().lexically_relative(root).string());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
 }
 
 std::string dtype_of_config(at::ScalarType dtype) {
@@ -136,52 +166,76 @@ struct DenseExport::Plan {
   Checkpoint model;
   fs::path directory;
   at::ScalarType dtype;
-  std::vector<Shard> shards;
+  std::vector<Part> parts;
 
-  bool has_config() const { return fs::exists(model.root() / kConfigFile); }
+  bool has_config() const {
+    return model.parts().empty() && fs::exists(model.root() / kConfigFile);
+  }
+  std::vector<std::string> companions() const {
+    return model.parts().empty() ? companion_files(model.root())
+                                 : files_beside_weights(model.root());
+  }
 };
 
 DenseExport::DenseExport(const Checkpoint& model, const std::filesystem::path& directory,
                          at::ScalarType dtype, int64_t shard_bytes) {
   refuse_overwriting_sources(model, directory);
-  plan_ = std::make_shared<const Plan>(
-      Plan{model, directory, dtype, plan_shards(model, dtype, shard_bytes)});
+  std::vector<Part> parts;
+  if (model.parts().empty())
+    parts.push_back({"", kStems[0], plan_shards(model, "", dtype, shard_bytes)});
+  for (const auto& [folder, stem] : model.parts())
+    parts.push_back({folder + "/", stem, plan_shards(model, folder + "/", dtype, shard_bytes)});
+  plan_ = std::make_shared<const Plan>(Plan{model, directory, dtype, std::move(parts)});
 }
 
 void DenseExport::begin() const {
-  int64_t total = 0;
-  for (const Shard& shard : plan_->shards) total += shard.bytes;
   const fs::path& directory = plan_->directory;
+  int64_t total = 0;
+  for (const Part& part : plan_->parts)
+    for (const Shard& shard : part.shards) total += shard.bytes;
   require_space(directory, total);
-  std::error_code error;
-  fs::create_directories(directory, error);
-  if (error) throw_environment_error(directory, "the directory cannot be created", error.value());
-  const std::vector<std::string> names = files();
-  remove_stale(directory, {names.begin(), names.end()});
-  for (const std::string& name : companion_files(plan_->model.root())) {
-    copy_whole(plan_->model.root() / name, directory / name);
+  for (const Part& part : plan_->parts) {
+    std::error_code error;
+    fs::create_directories(directory / part.prefix, error);
+    if (error) throw_environment_error(directory, "the directory cannot be created", error.value());
+    std::set<std::string> written;
+    for (size_t i = 0; i < part.shards.size(); ++i) written.insert(part.file(i));
+    remove_stale(directory / part.prefix, written);
   }
+  for (const std::string& name : plan_->companions())
+    copy_whole(plan_->model.root() / name, directory / name);
   if (plan_->has_config()) write_config(plan_->model, directory, plan_->dtype);
 }
 
-int64_t DenseExport::shards() const { return static_cast<int64_t>(plan_->shards.size()); }
+int64_t DenseExport::shards() const {
+  int64_t shards = 0;
+  for (const Part& part : plan_->parts) shards += static_cast<int64_t>(part.shards.size());
+  return shards;
+}
 
 void DenseExport::write_shard(int64_t shard) const {
-  write_one_shard(plan_->model, plan_->directory / shard_name(shard, plan_->shards.size()),
-                  plan_->shards.at(shard));
+  for (const Part& part : plan_->parts) {
+    const auto of_part = static_cast<int64_t>(part.shards.size());
+    if (shard < of_part)
+      return write_one_shard(plan_->model, part.prefix,
+                             plan_->directory / part.prefix / part.file(shard), part.shards[shard]);
+    shard -= of_part;
+  }
+  throw DefectError("an export has fewer shards than were asked for");
 }
 
 void DenseExport::finish() const {
-  if (plan_->shards.size() > 1) write_index(plan_->directory, plan_->shards);
+  for (const Part& part : plan_->parts)
+    if (part.shards.size() > 1) write_index(plan_->directory / part.prefix, part);
 }
 
 std::vector<std::string> DenseExport::files() const {
-  std::vector<std::string> names = companion_files(plan_->model.root());
+  std::vector<std::string> names = plan_->companions();
   if (plan_->has_config()) names.push_back(kConfigFile);
-  for (size_t i = 0; i < plan_->shards.size(); ++i) {
-    names.push_back(shard_name(i, plan_->shards.size()));
+  for (const Part& part : plan_->parts) {
+    for (size_t i = 0; i < part.shards.size(); ++i) names.push_back(part.prefix + part.file(i));
+    if (part.shards.size() > 1) names.push_back(part.prefix + part.index());
   }
-  if (plan_->shards.size() > 1) names.push_back(kIndexFile);
   std::sort(names.begin(), names.end());
   return names;
 }

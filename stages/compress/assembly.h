@@ -20,9 +20,12 @@ struct Assembly {
   const std::filesystem::path& directory;  ///< receives residual.h5 and model/
   const Journal& journal;
   const std::vector<MatrixPair>& matrices;
-  const std::vector<int64_t>& truncation_ranks;  ///< 0: the matrix stays the base's
+  /// 0: the matrix stays the base's. Empty where nothing is truncated.
+  const std::vector<int64_t>& truncation_ranks;
   const Settings& settings;
   const std::vector<WholeTensor>& whole;
+  const std::vector<WholeTensor>& added;
+  const std::vector<TiedTensor>& tied;
   std::function<void()> still_working;  ///< called after every tensor: the other ranks wait
 };
 

@@ -4,65 +4,78 @@
 
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
+#include "pipeline/io/checkpoint_layout.h"
+#include "pipeline/io/checksum.h"
 #include "pipeline/model/added_terms.h"
 #include "stages/compress/compressor.h"
+#include "stages/compress/method.h"
 #include "stages/compress/pairs.h"
+#include "stages/compress/sum.h"
 
 namespace espalier::compress {
 namespace {
 
 namespace fs = std::filesystem;
-using config::Range;
 using config::Section;
+
+constexpr const char* kSum = "sum";
 
 struct Options {
   Settings settings;                ///< without dtype and seed, which are the run's
-  std::optional<std::string> base;  ///< DIR, start, ENTRY; none: what the last retrain stage took
+  Summands summands;                ///< of method sum
+  std::optional<std::string> base;  ///< PATH, start, ENTRY; none: what the last retrain stage took
   std::string fine_tuned = "previous";
+
+  bool sums() const { return settings.method == kSum; }
 };
 
-/// The value of a key that may be left out, or null, for `otherwise`.
-std::string choice_or(const Section& section, const std::string& key, const std::string& otherwise,
-                      const std::vector<std::string>& legal) {
-  return section.is_null(key) ? otherwise : section.choice(key, legal);
+void read_sum(const Section& section, Options& options) {
+  refuse_keys(section, {"rank", "budget", "allocation", "prior", "bits", "polar", "vectors"},
+              "sum decodes residuals that are there and compresses nothing");
+  if (section.is_null("residuals"))
+    section.fail("residuals", "the residuals to add are not given, such as [a/residual.h5, b.h5]");
+  for (const std::string& file : section.texts("residuals")) options.summands.files.push_back(file);
+  if (options.summands.files.empty()) section.fail("residuals", "the list is empty; name a file");
+  if (!section.is_null("weights")) options.summands.weights = section.numbers("weights");
+  section.allow({"weights"});
+  const size_t weights = options.summands.weights.size();
+  if (weights != 0 && weights != options.summands.files.size())
+    section.fail("weights", fmt::format("{} numbers are given for {} residuals", weights,
+                                        options.summands.files.size()));
+  if (options.fine_tuned != "previous")
+    section.fail("finetuned", "sum takes no fine-tuned model; leave it at previous");
 }
 
 Options read_options(const Section& section) {
   Options options;
   Settings& settings = options.settings;
-  choice_or(section, "method", "ere", {"ere"});
-  settings.rank = section.optional_integer("rank", {1, 1 << 20});
-  settings.budget = section.optional_number("budget", {0, 1, true, false});
-  if (settings.rank && settings.budget)
-    section.fail("budget", "rank and budget are both set; set one of them to null");
-  if (!settings.rank && !settings.budget)
-    section.fail(
-        "rank",
-        "neither rank nor budget is set: give the mean truncation rank (compress.rank=64) or "
-        "the share of the fine-tuned checkpoint's bytes (compress.budget=0.05)");
-  settings.bits = section.integer_or("bits", settings.bits, {1, 8});
-  settings.allocation =
-      choice_or(section, "allocation", settings.allocation, {"uniform", "paper", "greedy"});
-  settings.prior = section.number_or("prior", settings.prior, {0, 1});
-  settings.polar = section.flag_or("polar", settings.polar);
-  const std::string vectors = choice_or(section, "vectors", "float16", {"float16", "float32"});
-  settings.vectors = vectors == "float16" ? at::kHalf : at::kFloat;
+  std::vector<std::string> methods = method_names();
+  methods.push_back(kSum);
+  if (!section.is_null("method")) settings.method = section.choice("method", methods);
   options.base = section.optional_text("base");
   options.fine_tuned = section.text_or("finetuned", options.fine_tuned);
-  section.allow({"stage", "from", "method", "allocation", "vectors"});
+  if (options.sums()) {
+    read_sum(section, options);
+  } else {
+    method_of(settings.method).read(section, settings);
+    refuse_keys(section, {"residuals", "weights"}, "only compress.method=sum adds residuals");
+    if (!section.is_null("vectors") &&
+        section.choice("vectors", {"float16", "float32"}) == "float32")
+      settings.vectors = at::kFloat;
+  }
+  section.allow({"stage", "from", "method", "vectors"});
   section.finish();
   return options;
 }
 
-bool is_directory(const std::string& name) {
-  std::error_code error;
-  return name != "start" && fs::is_directory(name, error);
-}
+/// A checkpoint directory, or a single file of tensors.
+bool is_checkpoint(const std::string& name) { return name != "start" && io::is_model_path(name); }
 
-/// A name with a slash can only be meant as a directory: say so before anything runs.
-void require_directory_or_entry(const std::string& key, const std::string& name) {
-  if (name.find('/') != std::string::npos && !is_directory(name))
-    throw UserError(fmt::format("compress.{}: {} is no directory; give a checkpoint", key, name));
+/// A name with a slash can only be meant as a checkpoint: say so before anything runs.
+void require_checkpoint_or_entry(const std::string& key, const std::string& name) {
+  if (name.find('/') != std::string::npos && !is_checkpoint(name))
+    throw UserError(fmt::format(
+        "compress.{}: {} is no checkpoint; give a directory or a .safetensors file", key, name));
 }
 
 /// A residual is of matrices; what stands beside them would be lost in it.
@@ -81,14 +94,18 @@ class CompressStage : public driver::Stage {
   explicit CompressStage(Options options) : options_(std::move(options)) {}
 
   void check(const driver::RunContext&, const fs::path& start_model) const override {
-    if (options_.base) require_directory_or_entry("base", *options_.base);
-    if (options_.fine_tuned != "previous" && !is_directory(options_.fine_tuned))
+    if (options_.base) require_checkpoint_or_entry("base", *options_.base);
+    if (options_.fine_tuned != "previous" && !is_checkpoint(options_.fine_tuned))
       throw UserError(
-          fmt::format("compress.finetuned: {} is no directory; give a checkpoint, or 'previous'",
+          fmt::format("compress.finetuned: {} is no checkpoint; give a directory or a "
+                      ".safetensors file, or 'previous'",
                       options_.fine_tuned));
-    const bool base_given = options_.base && is_directory(*options_.base);
+    for (const fs::path& file : options_.summands.files)
+      if (!fs::is_regular_file(file))
+        throw UserError(fmt::format("compress.residuals: {} is no file", file.string()));
+    const bool base_given = options_.base && is_checkpoint(*options_.base);
     const bool fine_tuned_given = options_.fine_tuned != "previous";
-    if (!base_given && !fine_tuned_given) return;
+    if (options_.sums() || (!base_given && !fine_tuned_given)) return;
     const auto start = io::Checkpoint::open(start_model);
     const auto base = base_given ? io::Checkpoint::open(*options_.base) : start;
     require_comparable(base, fine_tuned_given ? io::Checkpoint::open(options_.fine_tuned) : start);
@@ -96,18 +113,29 @@ class CompressStage : public driver::Stage {
 
   std::string checksum_of_inputs() const override {
     std::string fingerprints;
+    for (const fs::path& file : options_.summands.files)
+      fingerprints += io::file_checksum(file) + " ";
     for (const std::string& model : {options_.base.value_or(""), options_.fine_tuned})
-      if (model != "previous" && is_directory(model))
+      if (model != "previous" && is_checkpoint(model))
         fingerprints += io::Checkpoint::open(model).fingerprint() + " ";
     return fingerprints;
   }
 
   driver::StageResult carry_out(driver::StageContext& context) const override {
+    const auto base = io::Checkpoint::open(base_of(context));
+    driver::StageResult result;
+    result.metrics = options_.sums() ? add(context, base) : compress(context, base);
+    result.metrics["base"] = base.directory().string();
+    result.model = context.directory / "model";
+    return result;
+  }
+
+ private:
+  nlohmann::json compress(driver::StageContext& context, const io::Checkpoint& base) const {
     const driver::RunContext& run = context.run;
     Settings settings = options_.settings;
     settings.dtype = run.dtype;
     settings.seed = run.seed;
-    const auto base = io::Checkpoint::open(base_of(context));
     const auto fine_tuned = io::Checkpoint::open(
         options_.fine_tuned == "previous" ? context.input_model : fs::path(options_.fine_tuned));
     for (const io::Checkpoint& model : {base, fine_tuned}) refuse_terms(model);
@@ -116,21 +144,34 @@ class CompressStage : public driver::Stage {
                       },
                       [&](int64_t done) { context.progress.advance(done); },
                       [&] { return driver::stop_requested(run.group); }};
-    driver::StageResult result;
-    result.metrics = compress_model(base, fine_tuned, context.directory, settings, run.group,
-                                    *run.workers, hooks);
-    result.metrics["base"] = base.directory().string();
-    result.model = context.directory / "model";
+    const nlohmann::json metrics = compress_model(base, fine_tuned, context.directory, settings,
+                                                  run.group, *run.workers, hooks);
     context.progress.finish();
-    tell(context, result.metrics);
-    return result;
+    tell(context, metrics);
+    return metrics;
   }
 
- private:
+  nlohmann::json add(driver::StageContext& context, const io::Checkpoint& base) const {
+    const Summands& summands = options_.summands;
+    int64_t bytes = 0;
+    std::vector<std::string> files;
+    for (const fs::path& file : summands.files) {
+      bytes += static_cast<int64_t>(fs::file_size(file));
+      files.push_back(file.string());
+    }
+    if (context.run.group.is_root()) {
+      write_sum(base, summands, context.directory / "model");
+      context.progress.say(fmt::format("{} residuals of {} bytes added", files.size(), bytes));
+    }
+    context.run.group.barrier();
+    return {
+        {"method", kSum}, {"residuals", files}, {"weights", summands.weights}, {"bytes", bytes}};
+  }
+
   fs::path base_of(const driver::StageContext& context) const {
     if (options_.base)
-      return is_directory(*options_.base) ? fs::path(*options_.base)
-                                          : context.model_of(*options_.base);
+      return is_checkpoint(*options_.base) ? fs::path(*options_.base)
+                                           : context.model_of(*options_.base);
     try {
       return context.model_of("retrain.input");
     } catch (const UserError&) {  // no stage retrains
@@ -138,7 +179,7 @@ class CompressStage : public driver::Stage {
     }
   }
 
-  void tell(driver::StageContext& context, const nlohmann::json& metrics) const {
+  static void tell(driver::StageContext& context, const nlohmann::json& metrics) {
     if (!context.run.group.is_root()) return;
     context.progress.say(fmt::format(
         "residual.h5: {} bytes, {:.2f} % of the fine-tuned tensors; {} matrices, {} of them inside "

@@ -13,13 +13,21 @@
 #include "stages/compress/allocation.h"
 #include "stages/compress/assembly.h"
 #include "stages/compress/journal.h"
+#include "stages/compress/masked.h"
+#include "stages/compress/method.h"
 #include "stages/compress/pairs.h"
 #include "stages/compress/spectrum.h"
 
 namespace espalier::compress {
 namespace {
 
+using driver::carry_out_units;
 using nlohmann::json;
+
+/// Most steps of a completion whose factors are stored.
+constexpr int kCompletionSteps = 64;
+/// More values than any matrix has.
+constexpr int64_t kAllThereIs = int64_t{1} << 50;
 
 /// The capacity of the allocation, in bits of the file (budget) or in rows and columns (rank).
 struct Capacity {
@@ -43,19 +51,24 @@ class Compressor {
         fine_tuned_(fine_tuned),
         directory_(directory),
         settings_(settings),
+        method_(method_of(settings.method)),
         group_(group),
         workers_(workers),
         hooks_(hooks),
         base_checksum_(driver::tensors_checksum(base, group)),
         journal_(directory / "state" / "journal", purpose(), group.is_root()) {
     group.barrier();  // the journal's directory is there
-    matrices_ = changed_matrices(base, fine_tuned, group, workers);
-    if (group.is_root()) whole_ = whole_tensors(base, fine_tuned, settings.vectors);
+    tied_ = tied_tensors(base, fine_tuned);
+    matrices_ = changed_matrices(base, fine_tuned, tied_, group, workers);
+    if (group.is_root()) {
+      whole_ = whole_tensors(base, fine_tuned, tied_, settings.vectors);
+      added_ = added_rows(base, fine_tuned, tied_);
+    }
     capacity_ = capacity();
   }
 
   json run() {
-    const Allocation allocation = allocate_adaptively();
+    const Allocation allocation = method_.truncates() ? allocate_adaptively() : Allocation{};
     encode(allocation.truncation_ranks);
     group_.barrier();  // every result is in the journal
     std::string metrics;
@@ -66,9 +79,9 @@ class Compressor {
  private:
   std::string purpose() const {
     return fmt::format(
-        "ere 1\nbase {}\nfine-tuned {}\nrank {} budget {} bits {} allocation {} prior {} polar {} "
+        "{} 2\nbase {}\nfine-tuned {}\nrank {} budget {} bits {} allocation {} prior {} polar {} "
         "vectors {} dtype {} seed {}\n",
-        base_checksum_, group_.is_root() ? fine_tuned_.fingerprint() : "",
+        settings_.method, base_checksum_, group_.is_root() ? fine_tuned_.fingerprint() : "",
         settings_.rank.value_or(-1), settings_.budget.value_or(-1), settings_.bits,
         settings_.allocation, settings_.prior, settings_.polar, dtype_name(settings_.vectors),
         dtype_name(settings_.dtype), settings_.seed);
@@ -76,6 +89,7 @@ class Compressor {
 
   Capacity capacity() const {
     Capacity capacity;
+    if (!method_.truncates()) return capacity;
     for (const auto& matrix : matrices_)
       capacity.costs.push_back(
           settings_.rank
@@ -99,7 +113,9 @@ class Compressor {
   int64_t bytes_for_matrices() const {
     std::vector<std::pair<std::string, std::vector<int64_t>>> names;
     for (const auto& matrix : matrices_) names.emplace_back(matrix.name, matrix.shape);
-    const int64_t fixed = fixed_bytes(names, whole_);
+    std::vector<WholeTensor> other = whole_;
+    other.insert(other.end(), added_.begin(), added_.end());
+    const int64_t fixed = fixed_bytes(names, other, tied_);
     if (fixed > budget_bytes())
       throw UserError(
           fmt::format("compress.budget: {} of {} bytes is {} bytes, but the tensors stored whole "
@@ -181,9 +197,18 @@ class Compressor {
 
   at::Tensor delta_of(int64_t i) const {
     const std::string& name = matrices_[i].name;
-    const at::Tensor delta = difference(base_.view(name), fine_tuned_.view(name), name);
+    const at::Tensor delta =
+        difference(base_.view(name), common_rows(fine_tuned_.view(name), matrices_[i].shape), name);
     fine_tuned_.drop(name);
     return delta;
+  }
+  at::Tensor mask_of(int64_t i) const {
+    const MatrixPair& matrix = matrices_[i];
+    return (base_.view(matrix.name) != 0).reshape({matrix.rows, matrix.columns});
+  }
+  /// Its factors count inside the mask alone.
+  bool completes(int64_t i) const {
+    return matrices_[i].mask_preserving && worth_completing(base_.view(matrices_[i].name));
   }
   uint64_t seed_of(int64_t i) const { return settings_.seed ^ stream_of(matrices_[i].name); }
 
@@ -198,60 +223,89 @@ class Compressor {
     const bool first_round = targets_ == first_targets();
     carry_out_units(
         first_round ? "matrices decomposed" : "matrices decomposed further", costs, done, group_,
-        workers_, hooks_,
-        [&](int64_t i) {
-          journal_.write(i, decompose(delta_of(i), targets_[i], kept_vectors(), seed_of(i)),
-                         targets_[i]);
-          base_.drop(matrices_[i].name);
-        },
-        first_round);
+        workers_, hooks_, [&](int64_t i) { decompose_one(i); }, first_round);
   }
 
+  void decompose_one(int64_t i) const {
+    if (completes(i))
+      journal_.write(
+          i, masked_decomposition(delta_of(i), mask_of(i), capacity_.average_rank(), seed_of(i)),
+          kAllThereIs);
+    else
+      journal_.write(i, decompose(delta_of(i), targets_[i], kept_vectors(), seed_of(i)),
+                     targets_[i]);
+    base_.drop(matrices_[i].name);
+  }
+
+  /// `ranks` is empty where nothing is truncated.
   void encode(const std::vector<int64_t>& ranks) {
     std::vector<double> costs;
     std::vector<int64_t> done;
     for (size_t i = 0; i < matrices_.size(); ++i) {
-      costs.push_back(ranks[i] == 0 ? 0 : matrices_[i].predicted_cost());
-      done.push_back(ranks[i] == 0 || (group_.is_root() && journal_.encoded(int64_t(i))));
+      const bool left_out = method_.truncates() && ranks[i] == 0;
+      costs.push_back(left_out ? 0 : matrices_[i].predicted_cost());
+      done.push_back(left_out || (group_.is_root() && journal_.encoded(int64_t(i))));
     }
     carry_out_units("matrices encoded", costs, done, group_, workers_, hooks_, [&](int64_t i) {
-      encode_one(i, ranks[i]);
+      encode_one(i, method_.truncates() ? ranks[i] : 0);
       base_.drop(matrices_[i].name);
     });
   }
 
   void encode_one(int64_t i, int64_t rank) const {
     const at::Tensor base = base_.view(matrices_[i].name), delta = delta_of(i);
-    Decomposition known = journal_.decomposition(i, true);
-    // The same call as when it was journalled, so the values are the same bits.
-    if (known.u.size(1) < rank) known = decompose(delta, targets_[i], rank, seed_of(i));
+    Difference difference{base, delta, matrices_[i].mask_preserving, {}, {}, {}};
     EncodedResult result;
-    result.encoded =
-        encode_matrix(base, delta, known.u.narrow(1, 0, rank), known.values.narrow(0, 0, rank),
-                      known.v.narrow(1, 0, rank), settings_.bits, settings_.polar,
-                      matrices_[i].mask_preserving, &result.errors);
+    result.energy_kept = 1;
+    if (rank > 0 && completes(i)) {
+      const MaskedFactors factors = complete(delta, mask_of(i), rank, kCompletionSteps, seed_of(i));
+      difference.u = factors.u;
+      difference.s = factors.s;
+      difference.v = factors.v;
+      result.energy_kept = 1 - factors.lost / delta.square().sum().item<double>();
+    } else if (rank > 0) {
+      Decomposition known = journal_.decomposition(i, true);
+      // The same call as when it was journalled, so the values are the same bits.
+      if (known.u.size(1) < rank) known = decompose(delta, targets_[i], rank, seed_of(i));
+      difference.u = known.u.narrow(1, 0, rank);
+      difference.s = known.values.narrow(0, 0, rank);
+      difference.v = known.v.narrow(1, 0, rank);
+      result.energy_kept =
+          1 - lost_energy(spectrum_of(known, capacity_.costs[i]), rank) / known.energy;
+    }
+    result.encoded = method_.encode(difference, settings_, &result.errors);
     result.decoded = decode_matrix(result.encoded, base, settings_.polar, settings_.dtype);
-    result.energy_kept =
-        1 - lost_energy(spectrum_of(known, capacity_.costs[i]), rank) / known.energy;
     journal_.write(i, result);
   }
 
   /// On the root: residual.h5 and model/ from the journal, and the figures.
   json finish(const Allocation& allocation) {
-    const Assembly assembly{base_,     base_checksum_, directory_,
-                            journal_,  matrices_,      allocation.truncation_ranks,
-                            settings_, whole_,         [this] { group_.still_working(); }};
+    const Assembly assembly{base_,
+                            base_checksum_,
+                            directory_,
+                            journal_,
+                            matrices_,
+                            allocation.truncation_ranks,
+                            settings_,
+                            whole_,
+                            added_,
+                            tied_,
+                            [this] { group_.still_working(); }};
     json metrics = assemble(assembly);
     const int64_t bytes = metrics["bytes"].get<int64_t>();
     if (settings_.budget && bytes > budget_bytes())
       throw DefectError(fmt::format("residual.h5 takes {} bytes, more than the budget of {}", bytes,
                                     budget_bytes()));
-    double lost = 0, energy = 0;
+    metrics["share"] = double(bytes) / double(fine_tuned_.bytes());
+    if (!method_.truncates()) return metrics;
+    double lost = 0, energy = 0, error = 0;
     for (size_t i = 0; i < matrices_.size(); ++i) {
       lost += lost_energy(spectra_[i], allocation.truncation_ranks[i]);
       energy += spectra_[i].energy;
+      const double relative = metrics["matrices"][i]["relative_error"].get<double>();
+      error += relative * relative * spectra_[i].energy;
     }
-    metrics["share"] = double(bytes) / double(fine_tuned_.bytes());
+    metrics["relative_error"] = energy > 0 ? std::sqrt(error / energy) : 0.0;
     metrics["certificate"] = {{"energy", energy}, {"lost_energy", lost}, {"gap", nullptr}};
     if (settings_.allocation == "greedy") metrics["certificate"]["gap"] = allocation.gap;
     metrics["allocation"] = settings_.allocation;
@@ -262,13 +316,15 @@ class Compressor {
   const io::Checkpoint &base_, &fine_tuned_;
   std::filesystem::path directory_;
   const Settings& settings_;
+  const Method& method_;
   const comm::Communicator& group_;
   Workers& workers_;
   const Hooks& hooks_;
   std::string base_checksum_;
   Journal journal_;
   std::vector<MatrixPair> matrices_;
-  std::vector<WholeTensor> whole_;
+  std::vector<WholeTensor> whole_, added_;  ///< on the root
+  std::vector<TiedTensor> tied_;
   Capacity capacity_;
   std::vector<int64_t> targets_;
   std::vector<Spectrum> spectra_;

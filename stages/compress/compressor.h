@@ -7,27 +7,17 @@
 
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
 
 #include "pipeline/comm/communicator.h"
+#include "pipeline/driver/units.h"
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/workers.h"
-#include "stages/compress/units.h"
+#include "stages/compress/settings.h"
 
 namespace espalier::compress {
 
-struct Settings {
-  std::optional<int64_t> rank;   ///< the mean truncation rank: Σ r (m + n) <= rank Σ (m + n)
-  std::optional<double> budget;  ///< share of the fine-tuned tensors' bytes; one of the two
-  int64_t bits = 4;
-  std::string allocation = "greedy";
-  double prior = 0.5;
-  bool polar = true;
-  at::ScalarType vectors = at::kHalf;    ///< float16 or float32
-  at::ScalarType dtype = at::kBFloat16;  ///< of the decoded model
-  uint64_t seed = 0;
-};
+using driver::Hooks;
 
 /// Writes into `directory`: residual.h5, model/ (derived from `base`: what changed, decoded, in
 /// settings.dtype) and state/ (the journal, to be removed by the caller when all is finished).

@@ -4,16 +4,20 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "stages/compress/sum.h"
 
 namespace espalier::compress {
 namespace {
 
 namespace fs = std::filesystem;
 
-at::ScalarType decoded_type(const Residual& residual, at::ScalarType stored) {
-  return at::isFloatingType(stored) ? residual.dtype : stored;
+at::Tensor as_type(const at::Tensor& tensor, at::ScalarType floating) {
+  return tensor.to(at::isFloatingType(tensor.scalar_type()) ? floating : tensor.scalar_type())
+      .contiguous();
 }
 
 /// Removes the directory when the decoding ends, however it ends.
@@ -33,15 +37,6 @@ class Scratch {
   fs::path directory_;
 };
 
-std::vector<io::TensorPlan> plan_of(const Residual& residual) {
-  std::vector<io::TensorPlan> plan;
-  for (const auto& matrix : residual.matrices)
-    plan.push_back({matrix.name, residual.dtype, matrix.shape});
-  for (const auto& [name, tensor] : residual.whole)
-    plan.push_back({name, decoded_type(residual, tensor.scalar_type()), tensor.sizes().vec()});
-  return plan;
-}
-
 }  // namespace
 
 void require_base(const io::Checkpoint& base, const Residual& residual, const fs::path& file) {
@@ -60,34 +55,80 @@ void require_base(const io::Checkpoint& base, const Residual& residual, const fs
                                   fmt::join(base.info(matrix.name).shape, ", "),
                                   base.directory().string()));
   }
-}
-
-void for_each_decoded(const io::Checkpoint& base, const Residual& residual,
-                      const std::function<void(const std::string&, const at::Tensor&)>& use) {
-  for (const auto& matrix : residual.matrices) {
-    use(matrix.name,
-        decode_matrix(matrix.encoded, base.view(matrix.name), residual.polar, residual.dtype));
-    base.drop(matrix.name);
+  for (const auto& [name, rows] : residual.added) {
+    const std::vector<int64_t> ours = base.has(name) ? base.info(name).shape : rows.sizes().vec();
+    if (!base.has(name) || ours.size() != static_cast<size_t>(rows.dim()) ||
+        !std::equal(ours.begin() + 1, ours.end(), rows.sizes().begin() + 1))
+      throw UserError(
+          fmt::format("{}: rows are added to {}, which the base {} does not have in "
+                      "their shape",
+                      file.string(), name, base.directory().string()));
   }
-  for (const auto& [name, tensor] : residual.whole)
-    use(name, tensor.to(decoded_type(residual, tensor.scalar_type())).contiguous());
 }
 
-void decode_residual(const fs::path& base_directory, const fs::path& residual_file,
-                     const fs::path& out_directory) {
-  const Residual residual = read_residual(residual_file);
+Decoder::Decoder(const io::Checkpoint& base, const Residual& residual)
+    : base_(base), residual_(residual) {
+  std::map<std::string, std::vector<int64_t>> shapes;  // of what is decoded
+  for (size_t i = 0; i < residual.matrices.size(); ++i) {
+    matrices_[residual.matrices[i].name] = i;
+    shapes[residual.matrices[i].name] = residual.matrices[i].shape;
+  }
+  for (size_t i = 0; i < residual.added.size(); ++i) {
+    const auto& [name, rows] = residual.added[i];
+    added_[name] = i;
+    shapes[name] = base.info(name).shape;
+    shapes[name][0] += rows.size(0);
+  }
+  for (const auto& [name, shape] : shapes) plan_.push_back({name, residual.dtype, shape});
+  for (size_t i = 0; i < residual.whole.size(); ++i) {
+    const auto& [name, tensor] = residual.whole[i];
+    whole_[name] = i;
+    const bool floating = at::isFloatingType(tensor.scalar_type());
+    plan_.push_back({name, floating ? residual.dtype : tensor.scalar_type(), tensor.sizes().vec()});
+    shapes[name] = tensor.sizes().vec();
+  }
+  for (const auto& [name, to] : residual.tied) {
+    if (shapes.count(to) == 0 && !base.has(to))
+      throw UserError(fmt::format(
+          "{}: is said to be tied to {}, which is neither in the residual nor in the base {}", name,
+          to, base.directory().string()));
+    plan_.push_back({name, residual.dtype, shapes.count(to) ? shapes[to] : base.info(to).shape});
+  }
+}
+
+at::Tensor Decoder::decode_rows(const std::string& name, at::ScalarType floating) const {
+  const auto matrix = matrices_.find(name);
+  const at::Tensor base = base_.view(name);
+  const at::Tensor rows = matrix == matrices_.end()
+                              ? as_type(base, floating)
+                              : decode_matrix(residual_.matrices[matrix->second].encoded, base,
+                                              residual_.polar, floating);
+  const auto more = added_.find(name);
+  if (more == added_.end()) return rows;
+  return at::cat({rows, residual_.added[more->second].tensor.to(floating)}).contiguous();
+}
+
+at::Tensor Decoder::decode_named(const std::string& name, at::ScalarType floating) const {
+  const auto whole = whole_.find(name);
+  if (whole != whole_.end()) return as_type(residual_.whole[whole->second].tensor, floating);
+  const at::Tensor decoded = decode_rows(name, floating);
+  base_.drop(name);
+  return decoded;
+}
+
+at::Tensor Decoder::decode(size_t i, at::ScalarType floating) const {
+  const std::string& name = plan_[i].name;
+  for (const auto& tied : residual_.tied)
+    if (tied.name == name) return decode_named(tied.to, floating);
+  return decode_named(name, floating);
+}
+
+void decode_residuals(const fs::path& base_directory, const std::vector<fs::path>& residual_files,
+                      const fs::path& out_directory) {
   const io::Checkpoint base = io::Checkpoint::open(base_directory);
-  require_base(base, residual, residual_file);
   const Scratch scratch(out_directory / ".decoding");
-  const std::vector<io::TensorPlan> plan = plan_of(residual);
-  if (!plan.empty()) {
-    io::SafetensorsWriter writer(scratch.directory() / "changed.safetensors", plan);
-    for_each_decoded(base, residual,
-                     [&](const std::string&, const at::Tensor& tensor) { writer.append(tensor); });
-    writer.commit();
-  }
-  io::write_derived(scratch.directory(), base);
-  io::write_dense(io::Checkpoint::open(scratch.directory()), out_directory, residual.dtype);
+  const at::ScalarType dtype = write_sum(base, {residual_files, {}}, scratch.directory());
+  io::write_dense(io::Checkpoint::open(scratch.directory()), out_directory, dtype);
 }
 
 }  // namespace espalier::compress

@@ -1,8 +1,10 @@
 #pragma once
-/// A residual on its base: the fine-tuned model again (`espalier decode BASE RESIDUAL OUT`).
+/// A residual on its base: the fine-tuned model again (`espalier decode BASE RESIDUAL... OUT`).
 
 #include <filesystem>
-#include <functional>
+#include <map>
+#include <string>
+#include <vector>
 
 #include "pipeline/io/checkpoint.h"
 #include "stages/compress/residual_file.h"
@@ -14,16 +16,31 @@ namespace espalier::compress {
 void require_base(const io::Checkpoint& base, const Residual& residual,
                   const std::filesystem::path& file);
 
-/// What the residual changes, one tensor at a time in the file's order: matrices decoded onto the
-/// base, whole tensors as they are; floating-point tensors in the residual's dtype.
-void for_each_decoded(const io::Checkpoint& base, const Residual& residual,
-                      const std::function<void(const std::string& name, const at::Tensor&)>& use);
+/// What a residual changes, a tensor at a time: matrices decoded onto the base (with the rows added
+/// behind them), whole tensors as they are, and tied tensors as what they are tied to.
+class Decoder {
+ public:
+  /// Both outlive the decoder. Throws UserError when a tied tensor is tied to none.
+  Decoder(const io::Checkpoint& base, const Residual& residual);
+  /// Names and shapes of the tensors, floating-point ones in the residual's dtype.
+  const std::vector<io::TensorPlan>& plan() const { return plan_; }
+  /// Tensor `i` of the plan; floating-point ones in `floating`, rounded once.
+  at::Tensor decode(size_t i, at::ScalarType floating) const;
+
+ private:
+  at::Tensor decode_rows(const std::string& name, at::ScalarType floating) const;
+  at::Tensor decode_named(const std::string& name, at::ScalarType floating) const;
+  const io::Checkpoint& base_;
+  const Residual& residual_;
+  std::map<std::string, size_t> matrices_, added_, whole_;
+  std::vector<io::TensorPlan> plan_;
+};
 
 /// Writes the decoded model as a dense checkpoint: the base's configuration and tokenizer beside
-/// it. One matrix in memory at a time, beside the residual; on the disk twice what changed, for a
-/// while.
-void decode_residual(const std::filesystem::path& base_directory,
-                     const std::filesystem::path& residual_file,
-                     const std::filesystem::path& out_directory);
+/// it. Several residuals of one base are summed (see sum.h). One matrix in memory at a time, beside
+/// the residuals; on the disk twice what changed, for a while.
+void decode_residuals(const std::filesystem::path& base_directory,
+                      const std::vector<std::filesystem::path>& residual_files,
+                      const std::filesystem::path& out_directory);
 
 }  // namespace espalier::compress

@@ -96,31 +96,38 @@ bool Journal::encoded(int64_t i) const { return fs::exists(file_of(kEncoded, i))
 
 void Journal::write(int64_t i, const EncodedResult& result) const {
   const EncodedMatrix& encoded = result.encoded;
-  io::write_safetensors(file_of(kEncoded, i),
-                        {{"facts", numbers({double(encoded.exponent), result.energy_kept,
-                                            result.errors.quantization, result.errors.total})},
-                         {"decoded", result.decoded},
-                         {"u_scales", encoded.u.scales},
-                         {"v_scales", encoded.v.scales},
-                         {"diagonal", encoded.diagonal},
-                         {"u_codes", encoded.u.codes},
-                         {"v_codes", encoded.v.codes}});
+  const QuantizedVectors &u = encoded.u, &v = encoded.v;
+  NamedTensors tensors = {
+      {"facts", numbers({double(encoded.exponent), result.energy_kept, result.errors.quantization,
+                         result.errors.total, double(encoded.entries),
+                         double(encoded.mask_preserving), double(u.bits), double(u.length),
+                         double(u.count), double(v.length), double(v.count)})},
+      {"decoded", result.decoded}};
+  for (const auto& [name, tensor] : NamedTensors{{"u_scales", u.scales},
+                                                 {"v_scales", v.scales},
+                                                 {"diagonal", encoded.diagonal},
+                                                 {"u_codes", u.codes},
+                                                 {"v_codes", v.codes}})
+    if (tensor.numel() > 0) tensors.emplace_back(name, tensor);
+  io::write_safetensors(file_of(kEncoded, i), tensors);
 }
 
-EncodedResult Journal::result(int64_t i, int64_t rows, int64_t columns, int64_t bits,
-                              bool mask_preserving) const {
+EncodedResult Journal::result(int64_t i) const {
   const io::SafetensorsFile file(file_of(kEncoded, i));
   const at::Tensor facts = file.view("facts").clone();
+  const double* fact = facts.const_data_ptr<double>();
   EncodedResult result;
   EncodedMatrix& encoded = result.encoded;
-  encoded.diagonal = file.view("diagonal").clone();
-  const int64_t rank = encoded.diagonal.numel();
-  encoded.u = {rows, rank, bits, file.view("u_codes").clone(), file.view("u_scales").clone()};
-  encoded.v = {columns, rank, bits, file.view("v_codes").clone(), file.view("v_scales").clone()};
-  encoded.mask_preserving = mask_preserving;
-  encoded.exponent = static_cast<int64_t>(facts.data_ptr<double>()[0]);
-  result.energy_kept = facts.data_ptr<double>()[1];
-  result.errors = {facts.data_ptr<double>()[2], facts.data_ptr<double>()[3]};
+  encoded.exponent = int64_t(fact[0]);
+  result.energy_kept = fact[1];
+  result.errors = {fact[2], fact[3]};
+  encoded.entries = int64_t(fact[4]);
+  encoded.mask_preserving = fact[5] != 0;
+  encoded.diagonal = read(file, "diagonal", {0}, at::kHalf);
+  encoded.u = {int64_t(fact[7]), int64_t(fact[8]), int64_t(fact[6]),
+               read(file, "u_codes", {0}, at::kByte), read(file, "u_scales", {0}, at::kHalf)};
+  encoded.v = {int64_t(fact[9]), int64_t(fact[10]), int64_t(fact[6]),
+               read(file, "v_codes", {0}, at::kByte), read(file, "v_scales", {0}, at::kHalf)};
   result.decoded = file.view("decoded");
   return result;
 }

@@ -42,8 +42,7 @@ class Journal {
 
   bool encoded(int64_t i) const;
   void write(int64_t i, const EncodedResult& result) const;
-  EncodedResult result(int64_t i, int64_t rows, int64_t columns, int64_t bits,
-                       bool mask_preserving) const;
+  EncodedResult result(int64_t i) const;
 
  private:
   std::filesystem::path file_of(const char* kind, int64_t i) const;

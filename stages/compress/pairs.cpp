@@ -30,6 +30,24 @@ Tensor as_vector(const Tensor& tensor, at::ScalarType vectors, const std::string
   return (at::isfinite(narrow).all().item<bool>() ? narrow : tensor.to(at::kFloat)).clone();
 }
 
+/// A tensor that differs in its first rows alone, or has more of them.
+bool only_more_rows(const std::vector<int64_t>& base, const std::vector<int64_t>& fine_tuned) {
+  return !base.empty() && base.size() == fine_tuned.size() && base[0] < fine_tuned[0] &&
+         std::equal(base.begin() + 1, base.end(), fine_tuned.begin() + 1);
+}
+
+bool is_tied(const std::vector<TiedTensor>& tied, const std::string& name) {
+  return std::any_of(tied.begin(), tied.end(), [&](const auto& one) { return one.name == name; });
+}
+
+bool changed(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+             const std::string& name) {
+  return !base.has(name) || base.info(name).shape != fine_tuned.info(name).shape ||
+         differ(base.view(name), fine_tuned.view(name));
+}
+
+/// Elements that tell most pairs of different tensors apart.
+constexpr int64_t kGlance = 64;
 constexpr int64_t kChanged = 1, kMaskPreserving = 2;
 
 }  // namespace
@@ -43,23 +61,63 @@ void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_t
                       "give the base that this model was made from (compress.base)",
                       fine_tuned.directory().string(), name, base.directory().string()));
     const auto &ours = base.info(name).shape, &theirs = fine_tuned.info(name).shape;
-    if (ours != theirs)
+    if (ours != theirs && !only_more_rows(ours, theirs))
       throw UserError(
-          fmt::format("{}: {} is [{}], but [{}] in the base {}; a residual needs equal shapes: "
-                      "give the base that "
-                      "this model was made from (compress.base)",
+          fmt::format("{}: {} is [{}], but [{}] in the base {}; a residual needs equal shapes, or "
+                      "rows added behind the base's: give the base that this model was made from "
+                      "(compress.base)",
                       fine_tuned.directory().string(), name, fmt::join(theirs, ", "),
                       fmt::join(ours, ", "), base.directory().string()));
   }
 }
 
+Tensor common_rows(const Tensor& fine_tuned, const std::vector<int64_t>& base_shape) {
+  return base_shape.empty() ? fine_tuned : fine_tuned.narrow(0, 0, base_shape[0]);
+}
+
+std::vector<WholeTensor> added_rows(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+                                    const std::vector<TiedTensor>& tied) {
+  std::vector<WholeTensor> added;
+  for (const std::string& name : base.names()) {
+    const int64_t rows = base.info(name).shape.empty() ? 0 : base.info(name).shape[0];
+    if (!is_matrix(base.info(name)) || fine_tuned.info(name).shape[0] == rows ||
+        is_tied(tied, name))
+      continue;
+    const Tensor theirs = fine_tuned.view(name);
+    added.push_back({name, theirs.narrow(0, rows, theirs.size(0) - rows).clone()});
+  }
+  return added;
+}
+
+std::vector<TiedTensor> tied_tensors(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  std::vector<TiedTensor> tied;
+  std::vector<std::string> seen;
+  for (const std::string& name : fine_tuned.names()) {
+    if (!is_matrix(fine_tuned.info(name))) continue;
+    const Tensor view = fine_tuned.view(name);
+    const auto equal = std::find_if(seen.begin(), seen.end(), [&](const std::string& other) {
+      return fine_tuned.info(other).dtype == view.scalar_type() &&
+             fine_tuned.info(other).shape == fine_tuned.info(name).shape &&
+             at::equal(fine_tuned.view(other).reshape({-1}).slice(0, 0, kGlance),
+                       view.reshape({-1}).slice(0, 0, kGlance)) &&
+             at::equal(fine_tuned.view(other), view);
+    });
+    if (equal == seen.end())
+      seen.push_back(name);
+    else if (changed(base, fine_tuned, name))
+      tied.push_back({name, *equal});
+  }
+  return tied;
+}
+
 std::vector<MatrixPair> changed_matrices(const io::Checkpoint& base,
                                          const io::Checkpoint& fine_tuned,
+                                         const std::vector<TiedTensor>& tied,
                                          const comm::Communicator& group, Workers& workers) {
   std::vector<MatrixPair> pairs;
   for (const std::string& name : base.names()) {
     const auto& info = base.info(name);
-    if (!is_matrix(info) || !is_matrix(fine_tuned.info(name))) continue;
+    if (!is_matrix(info) || !is_matrix(fine_tuned.info(name)) || is_tied(tied, name)) continue;
     const Folded shape = folded(info.shape);
     pairs.push_back({name, info.shape, shape.rows, shape.columns, false});
   }
@@ -67,7 +125,8 @@ std::vector<MatrixPair> changed_matrices(const io::Checkpoint& base,
   const int64_t ranks = group.size(), first = group.rank(), all = int64_t(pairs.size());
   workers.for_each(first < all ? (all - first - 1) / ranks + 1 : 0, [&](int64_t unit, int) {
     const int64_t i = first + unit * ranks;
-    const Tensor ours = base.view(pairs[i].name), theirs = fine_tuned.view(pairs[i].name);
+    const Tensor ours = base.view(pairs[i].name),
+                 theirs = common_rows(fine_tuned.view(pairs[i].name), pairs[i].shape);
     if (differ(ours, theirs))
       facts[i] = kChanged | (zeros_survive(ours, theirs) ? kMaskPreserving : 0);
     base.drop(pairs[i].name);
@@ -84,16 +143,18 @@ std::vector<MatrixPair> changed_matrices(const io::Checkpoint& base,
 }
 
 std::vector<WholeTensor> whole_tensors(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+                                       const std::vector<TiedTensor>& tied,
                                        at::ScalarType vectors) {
   std::vector<WholeTensor> whole;
   for (const std::string& name : fine_tuned.names()) {
+    if (is_tied(tied, name)) continue;
     const Tensor theirs = fine_tuned.view(name);
     if (!base.has(name)) {
       whole.push_back({name, theirs.clone()});
       continue;
     }
     if (is_matrix(base.info(name)) && is_matrix(fine_tuned.info(name))) continue;
-    if (differ(base.view(name), theirs)) whole.push_back({name, as_vector(theirs, vectors, name)});
+    if (changed(base, fine_tuned, name)) whole.push_back({name, as_vector(theirs, vectors, name)});
   }
   return whole;
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "pipeline/errors.h"
@@ -107,49 +108,105 @@ void require_bits(int64_t bits) {
   if (bits < 1 || bits > 8) throw DefectError(fmt::format("quantization to {} bits", bits));
 }
 
+void require_finite(const at::Tensor& rows) {
+  if (!at::isfinite(rows).all().item<bool>())
+    throw NumericalError("a singular vector or a difference to quantize holds NaN or Inf");
+}
+
+/// Codes of one row, and its scale.
+at::Half put_row(const std::vector<float>& values, int64_t length, const Levels& levels,
+                 BitWriter& writer) {
+  const at::Half scale(float(search_step(values, levels) * std::sqrt(double(length))));
+  const float step = float(double(float(scale)) / std::sqrt(double(length)));
+  for (float value : values) writer.put(uint32_t(levels.code(value, step > 0 ? 1 / step : 0.0f)));
+  return scale;
+}
+
+double step_of(const QuantizedVectors& quantized, int64_t row) {
+  const at::Half scale = quantized.scales.const_data_ptr<at::Half>()[row];
+  return double(float(scale)) / std::sqrt(double(quantized.length));
+}
+
+QuantizedVectors to_half(const at::Tensor& rows, int64_t length, int64_t count) {
+  const at::Tensor halves = (rows.to(at::kDouble) * std::sqrt(double(length))).to(at::kHalf);
+  at::Tensor codes = at::empty({packed_bytes(length, count, kHalfBits)}, at::kByte);
+  if (codes.numel() > 0) std::memcpy(codes.data_ptr(), halves.const_data_ptr(), codes.nbytes());
+  return {length, count, kHalfBits, codes, at::empty({0}, at::kHalf)};
+}
+
+at::Tensor from_half(const QuantizedVectors& quantized) {
+  at::Tensor halves = at::empty({quantized.count, quantized.length}, at::kHalf);
+  if (halves.numel() > 0)
+    std::memcpy(halves.data_ptr(), quantized.codes.const_data_ptr(), halves.nbytes());
+  return halves.to(at::kDouble) / std::sqrt(double(quantized.length));
+}
+
 }  // namespace
 
 int64_t packed_bytes(int64_t length, int64_t count, int64_t bits) {
   return (length * count * bits + 7) / 8;
 }
 
+int64_t scales_of(int64_t count, int64_t bits) { return bits == kHalfBits ? 0 : count; }
+
 QuantizedVectors quantize(const at::Tensor& vectors, int64_t bits) {
-  require_bits(bits);
-  const int64_t length = vectors.size(0), count = vectors.size(1);
   const at::Tensor rows = vectors.t().to(at::kFloat).contiguous();
-  if (!at::isfinite(rows).all().item<bool>())
-    throw NumericalError("a singular vector to quantize holds NaN or Inf");
+  if (bits != kHalfBits) return quantize_rows(rows, {}, bits);
+  require_finite(rows);
+  return to_half(rows, vectors.size(0), vectors.size(1));
+}
+
+at::Tensor dequantize(const QuantizedVectors& quantized) {
+  return (quantized.bits == kHalfBits ? from_half(quantized) : dequantize_rows(quantized, {}))
+      .t()
+      .contiguous();
+}
+
+QuantizedVectors quantize_rows(const at::Tensor& values, const at::Tensor& kept, int64_t bits) {
+  require_bits(bits);
+  const at::Tensor rows = values.to(at::kFloat).contiguous();
+  require_finite(rows);
+  const int64_t count = rows.size(0), length = rows.size(1);
+  const at::Tensor mask = kept.defined() ? kept.contiguous() : kept;
+  const int64_t codes = kept.defined() ? mask.sum().item<int64_t>() : rows.numel();
   QuantizedVectors quantized{length, count, bits, {}, {}};
-  quantized.codes = at::zeros({packed_bytes(length, count, bits)}, at::kByte);
+  quantized.codes = at::zeros({packed_bytes(codes, 1, bits)}, at::kByte);
   quantized.scales = at::zeros({count}, at::kHalf);
   const Levels levels(bits);
   BitWriter writer(quantized.codes.data_ptr<uint8_t>(), bits);
+  std::vector<float> of_row;
   for (int64_t j = 0; j < count; ++j) {
-    const float* row = rows.data_ptr<float>() + j * length;
-    const std::vector<float> values(row, row + length);
-    auto& scale = quantized.scales.data_ptr<at::Half>()[j];
-    scale = at::Half(float(search_step(values, levels) * std::sqrt(double(length))));
-    const float step = float(double(float(scale)) / std::sqrt(double(length)));
-    for (float value : values) writer.put(uint32_t(levels.code(value, step > 0 ? 1 / step : 0.0f)));
+    of_row.clear();
+    for (int64_t i = j * length; i < (j + 1) * length; ++i)
+      if (!mask.defined() || mask.const_data_ptr<bool>()[i])
+        of_row.push_back(rows.const_data_ptr<float>()[i]);
+    quantized.scales.data_ptr<at::Half>()[j] = put_row(of_row, length, levels, writer);
   }
   writer.finish();
   return quantized;
 }
 
-at::Tensor dequantize(const QuantizedVectors& quantized) {
+at::Tensor dequantize_rows(const QuantizedVectors& quantized, const at::Tensor& kept) {
   require_bits(quantized.bits);
-  const int64_t length = quantized.length, count = quantized.count;
-  at::Tensor rows = at::empty({count, length}, at::kDouble);
+  const int64_t count = quantized.count, length = quantized.length;
+  const at::Tensor mask = kept.defined() ? kept.contiguous() : kept;
+  const int64_t codes = kept.defined() ? mask.sum().item<int64_t>() : count * length;
+  if (quantized.codes.numel() != packed_bytes(codes, 1, quantized.bits))
+    throw UserError(
+        fmt::format("{} bytes of codes stand for {} entries of {} bits: the residual was written "
+                    "against another mask",
+                    quantized.codes.numel(), codes, quantized.bits));
+  at::Tensor rows = at::zeros({count, length}, at::kDouble);
   const Levels levels(quantized.bits);
-  BitReader reader(quantized.codes.data_ptr<uint8_t>(), quantized.bits);
+  BitReader reader(quantized.codes.const_data_ptr<uint8_t>(), quantized.bits);
   double* out = rows.data_ptr<double>();
   for (int64_t j = 0; j < count; ++j) {
-    const double step =
-        double(float(quantized.scales.data_ptr<at::Half>()[j])) / std::sqrt(double(length));
-    for (int64_t i = 0; i < length; ++i)
-      *out++ = (double(reader.get()) - double(levels.middle)) * step;
+    const double step = step_of(quantized, j);
+    for (int64_t i = j * length; i < (j + 1) * length; ++i)
+      if (!mask.defined() || mask.const_data_ptr<bool>()[i])
+        out[i] = (double(reader.get()) - double(levels.middle)) * step;
   }
-  return rows.t().contiguous();
+  return rows;
 }
 
 }  // namespace espalier::compress

@@ -23,7 +23,7 @@ namespace {
 using at::Tensor;
 using nlohmann::json;
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr const char* kKind = "espalier.residual";
 /// Superblock, root group, object headers of five data sets (8192 bytes), and what HDF5 leaves
 /// unused of the blocks of 2048 bytes in which it places tables and small data sets.
@@ -53,9 +53,17 @@ Tensor as_bytes(const Tensor& tensor) {
   return bytes;
 }
 
-json matrix_entry(const std::string& name, const std::vector<int64_t>& shape, int64_t rank,
-                  int64_t exponent, bool mask) {
-  return {{"name", name}, {"shape", shape}, {"rank", rank}, {"exponent", exponent}, {"mask", mask}};
+json matrix_entry(const std::string& name, const std::vector<int64_t>& shape,
+                  const EncodedMatrix& encoded) {
+  json entry = {{"name", name},
+                {"shape", shape},
+                {"exponent", encoded.exponent},
+                {"mask", encoded.mask_preserving}};
+  if (encoded.truncation_rank() > 0)
+    entry["rank"] = encoded.truncation_rank();
+  else
+    entry["entries"] = encoded.entries;
+  return entry;
 }
 
 json whole_entry(const WholeTensor& whole) {
@@ -64,13 +72,21 @@ json whole_entry(const WholeTensor& whole) {
           {"dtype", dtype_name(whole.tensor.scalar_type())}};
 }
 
+json tied_entry(const TiedTensor& tied) { return {{"name", tied.name}, {"to", tied.to}}; }
+
+/// The oldest version that can say what stands in it.
+int64_t version_of(const Residual& residual) {
+  return residual.method == "ere" && residual.added.empty() && residual.tied.empty() ? 1 : 2;
+}
+
 json contents_of(const Residual& residual) {
-  json matrices = json::array(), whole = json::array();
+  json contents = {{"matrices", json::array()}, {"whole", json::array()}};
   for (const auto& matrix : residual.matrices)
-    matrices.push_back(matrix_entry(matrix.name, matrix.shape, matrix.encoded.truncation_rank(),
-                                    matrix.encoded.exponent, matrix.encoded.mask_preserving));
-  for (const auto& tensor : residual.whole) whole.push_back(whole_entry(tensor));
-  return {{"matrices", matrices}, {"whole", whole}};
+    contents["matrices"].push_back(matrix_entry(matrix.name, matrix.shape, matrix.encoded));
+  for (const auto& tensor : residual.whole) contents["whole"].push_back(whole_entry(tensor));
+  for (const auto& rows : residual.added) contents["added"].push_back(whole_entry(rows));
+  for (const auto& tied : residual.tied) contents["tied"].push_back(tied_entry(tied));
+  return contents;
 }
 
 Tensor concatenation(const std::vector<Tensor>& parts, at::ScalarType type) {
@@ -86,7 +102,8 @@ std::array<Tensor, 5> datasets_of(const Residual& residual) {
     scales.insert(scales.end(), {encoded.u.scales, encoded.v.scales});
     diagonals.push_back(encoded.diagonal);
   }
-  for (const auto& tensor : residual.whole) whole.push_back(as_bytes(tensor.tensor));
+  for (const auto* tensors : {&residual.whole, &residual.added})
+    for (const auto& tensor : *tensors) whole.push_back(as_bytes(tensor.tensor));
   const std::string text = contents_of(residual).dump();
   Tensor contents = at::empty({static_cast<int64_t>(text.size())}, at::kByte);
   std::memcpy(contents.data_ptr(), text.data(), text.size());
@@ -102,9 +119,11 @@ std::string checksum_of(const std::array<Tensor, 5>& datasets, const std::string
   return io::checksum(all);
 }
 
-std::string attributes_of(const Residual& residual) {
-  return fmt::format("{} {} {} {} {} {}", kKind, kVersion, residual.base_checksum, residual.bits,
-                     residual.polar ? 1 : 0, dtype_name(residual.dtype));
+std::string attributes_of(const Residual& residual, int64_t version) {
+  const std::string attributes =
+      fmt::format("{} {} {} {} {} {}", kKind, version, residual.base_checksum, residual.bits,
+                  residual.polar ? 1 : 0, dtype_name(residual.dtype));
+  return version == 1 ? attributes : attributes + " " + residual.method;
 }
 
 /// Takes one piece after the other from a data set that was read whole.
@@ -141,16 +160,21 @@ class Contents {
       : file_(std::move(file)), root_(io::parse_json(text, file_ + ": /contents")) {
     if (!root_.is_object()) fail("is no object");
   }
-  const json& list(const char* key) const {
+  const json& list(const char* key, bool required = true) const {
+    static const json none = json::array();
     const auto found = root_.find(key);
+    if (!required && found == root_.end()) return none;
     if (found == root_.end() || !found->is_array()) fail(fmt::format("has no list '{}'", key));
     return *found;
   }
+  std::string text(const json& entry, const char* key) const {
+    const json& value = field(entry, key);
+    if (!value.is_string()) fail(fmt::format("has a tensor whose '{}' is no text", key));
+    return value.get<std::string>();
+  }
   /// The name, each once in the file.
   std::string name(const json& entry) {
-    const json& value = field(entry, "name");
-    if (!value.is_string()) fail("has a tensor without a name");
-    const std::string name = value.get<std::string>();
+    const std::string name = text(entry, "name");
     if (!names_.insert(name).second) fail(fmt::format("names '{}' twice", name));
     return name;
   }
@@ -192,7 +216,44 @@ class Contents {
 
 QuantizedVectors take_vectors(int64_t length, int64_t count, int64_t bits, Pieces& codes,
                               Pieces& scales) {
-  return {length, count, bits, codes.take(packed_bytes(length, count, bits)), scales.take(count)};
+  return {length, count, bits, codes.take(packed_bytes(length, count, bits)),
+          scales.take(scales_of(count, bits))};
+}
+
+EncodedMatrix take_matrix(const json& entry, const Folded& shape, int64_t bits,
+                          const Contents& contents, Pieces& codes, Pieces& scales,
+                          Pieces& diagonals) {
+  EncodedMatrix encoded;
+  encoded.exponent = contents.integer(entry, "exponent", -1100, 1100);
+  const json& mask = contents.field(entry, "mask");
+  if (!mask.is_boolean()) contents.fail("'mask' is neither true nor false");
+  encoded.mask_preserving = mask.get<bool>();
+  if (entry.contains("entries")) {
+    if (bits > 8) contents.fail("holds single entries in 16 bits");
+    encoded.entries = contents.integer(entry, "entries", 1, shape.rows * shape.columns);
+    encoded.u = {shape.columns, shape.rows, bits,
+                 codes.take(packed_bytes(encoded.entries, 1, bits)), scales.take(shape.rows)};
+    encoded.v = take_vectors(0, 0, bits, codes, scales);
+    encoded.diagonal = diagonals.take(0);
+    return encoded;
+  }
+  const int64_t rank = contents.integer(entry, "rank", 1, std::min(shape.rows, shape.columns));
+  encoded.u = take_vectors(shape.rows, rank, bits, codes, scales);
+  encoded.v = take_vectors(shape.columns, rank, bits, codes, scales);
+  encoded.diagonal = diagonals.take(rank);
+  return encoded;
+}
+
+WholeTensor take_whole(const json& entry, const std::string& name, const Contents& contents,
+                       const std::string& file, Pieces& whole) {
+  const std::vector<int64_t> shape = contents.shape(entry, name);
+  const at::ScalarType dtype = dtype_of(contents.text(entry, "dtype"), file);
+  int64_t elements = 1;
+  for (int64_t size : shape) elements *= size;
+  const Tensor bytes = whole.take(elements * int64_t(c10::elementSize(dtype)));
+  Tensor tensor = at::empty(shape, dtype);
+  if (elements > 0) std::memcpy(tensor.data_ptr(), bytes.data_ptr(), bytes.nbytes());
+  return {name, tensor};
 }
 
 void take_tensors(Residual& residual, Contents& contents, const std::string& file,
@@ -200,34 +261,20 @@ void take_tensors(Residual& residual, Contents& contents, const std::string& fil
   Pieces codes(datasets[1], file + ": /codes"), scales(datasets[2], file + ": /scales"),
       diagonals(datasets[3], file + ": /diagonals"), whole(datasets[4], file + ": /whole");
   for (const json& entry : contents.list("matrices")) {
-    ResidualMatrix matrix;
-    matrix.name = contents.name(entry);
-    matrix.shape = contents.shape(entry, matrix.name);
-    if (matrix.shape.size() < 2) contents.fail(fmt::format("'{}' is no matrix", matrix.name));
-    const Folded shape = folded(matrix.shape);
-    const int64_t rank = contents.integer(entry, "rank", 1, std::min(shape.rows, shape.columns));
-    matrix.encoded.u = take_vectors(shape.rows, rank, residual.bits, codes, scales);
-    matrix.encoded.v = take_vectors(shape.columns, rank, residual.bits, codes, scales);
-    matrix.encoded.diagonal = diagonals.take(rank);
-    matrix.encoded.exponent = contents.integer(entry, "exponent", -1100, 1100);
-    const json& mask = contents.field(entry, "mask");
-    if (!mask.is_boolean()) contents.fail("'mask' is neither true nor false");
-    matrix.encoded.mask_preserving = mask.get<bool>();
-    residual.matrices.push_back(std::move(matrix));
+    const std::string name = contents.name(entry);
+    const std::vector<int64_t> shape = contents.shape(entry, name);
+    if (shape.size() < 2) contents.fail(fmt::format("'{}' is no matrix", name));
+    residual.matrices.push_back(
+        {name, shape,
+         take_matrix(entry, folded(shape), residual.bits, contents, codes, scales, diagonals)});
   }
-  for (const json& entry : contents.list("whole")) {
-    WholeTensor tensor;
-    tensor.name = contents.name(entry);
-    const std::vector<int64_t> shape = contents.shape(entry, tensor.name);
-    const json& type = contents.field(entry, "dtype");
-    const at::ScalarType dtype = dtype_of(type.is_string() ? type.get<std::string>() : "", file);
-    int64_t elements = 1;
-    for (int64_t size : shape) elements *= size;
-    const Tensor bytes = whole.take(elements * int64_t(c10::elementSize(dtype)));
-    tensor.tensor = at::empty(shape, dtype);
-    if (elements > 0) std::memcpy(tensor.tensor.data_ptr(), bytes.data_ptr(), bytes.nbytes());
-    residual.whole.push_back(std::move(tensor));
-  }
+  for (const json& entry : contents.list("whole"))
+    residual.whole.push_back(take_whole(entry, contents.name(entry), contents, file, whole));
+  for (const json& entry : contents.list("added", false))
+    residual.added.push_back(
+        take_whole(entry, contents.text(entry, "name"), contents, file, whole));
+  for (const json& entry : contents.list("tied", false))
+    residual.tied.push_back({contents.name(entry), contents.text(entry, "to")});
   for (const Pieces* pieces : {&codes, &scales, &diagonals, &whole}) pieces->finish();
 }
 
@@ -236,15 +283,17 @@ Residual read_attributes(const io::Hdf5Reader& reader, const std::string& file) 
     throw UserError(
         fmt::format("{}: is no residual of espalier (attribute kind is not '{}')", file, kKind));
   const int64_t version = reader.integer_attribute("/", "version");
-  if (version != kVersion)
+  if (version < 1 || version > kVersion)
     throw UserError(
-        fmt::format("{}: has version {} of the format, this program reads version {}; "
+        fmt::format("{}: has version {} of the format, this program reads versions 1 to {}; "
                     "use the espalier that wrote it",
                     file, version, kVersion));
   Residual residual;
   residual.base_checksum = reader.text_attribute("/", "base_checksum");
   residual.bits = reader.integer_attribute("/", "bits");
-  if (residual.bits < 1 || residual.bits > 8)
+  if (version == 2) residual.method = reader.text_attribute("/", "method");
+  const bool halves = version == 2 && residual.bits == kHalfBits;
+  if (!halves && (residual.bits < 1 || residual.bits > 8))
     throw UserError(fmt::format("{}: bits is {}, outside [1, 8]", file, residual.bits));
   residual.polar = reader.integer_attribute("/", "polar") != 0;
   residual.dtype = dtype_of(reader.text_attribute("/", "dtype"), file);
@@ -269,35 +318,40 @@ at::ScalarType dtype_of(const std::string& name, const std::string& origin) {
 }
 
 int64_t fixed_bytes(const std::vector<std::pair<std::string, std::vector<int64_t>>>& matrices,
-                    const std::vector<WholeTensor>& whole) {
-  json widest = json::array(), tensors = json::array();
+                    const std::vector<WholeTensor>& other, const std::vector<TiedTensor>& tied) {
+  json entries = json::array();
   int64_t bytes = kContainerBytes;
   for (const auto& [name, shape] : matrices) {
     const Folded matrix = folded(shape);
-    widest.push_back(
-        matrix_entry(name, shape, std::min(matrix.rows, matrix.columns), -1100, false));
+    EncodedMatrix widest;
+    widest.v.count = std::min(matrix.rows, matrix.columns);
+    widest.exponent = -1100;
+    entries.push_back(matrix_entry(name, shape, widest));
     bytes += 2;  // the two bit streams end on whole bytes
   }
-  for (const auto& tensor : whole) {
-    tensors.push_back(whole_entry(tensor));
+  for (const auto& tensor : other) {
+    entries.push_back(whole_entry(tensor));
     bytes += static_cast<int64_t>(tensor.tensor.nbytes());
   }
-  const json contents = {{"matrices", widest}, {"whole", tensors}};
+  for (const auto& one : tied) entries.push_back(tied_entry(one));
+  const json contents = {{"matrices", entries}, {"whole", {}}, {"added", {}}, {"tied", {}}};
   return bytes + static_cast<int64_t>(contents.dump().size());
 }
 
 void write_residual(const std::filesystem::path& file, const Residual& residual) {
   const auto datasets = datasets_of(residual);
+  const int64_t version = version_of(residual);
   io::Hdf5Writer writer(file);
   for (size_t i = 0; i < datasets.size(); ++i)
     if (datasets[i].numel() > 0) writer.write(kDatasets[i], datasets[i]);
   writer.attribute("/", "kind", std::string(kKind));
-  writer.attribute("/", "version", kVersion);
+  writer.attribute("/", "version", version);
+  if (version > 1) writer.attribute("/", "method", residual.method);
   writer.attribute("/", "base_checksum", residual.base_checksum);
   writer.attribute("/", "bits", residual.bits);
   writer.attribute("/", "polar", int64_t{residual.polar});
   writer.attribute("/", "dtype", dtype_name(residual.dtype));
-  writer.attribute("/", "checksum", checksum_of(datasets, attributes_of(residual)));
+  writer.attribute("/", "checksum", checksum_of(datasets, attributes_of(residual, version)));
   writer.commit();
 }
 
@@ -312,7 +366,8 @@ Residual read_residual(const std::filesystem::path& file) {
       throw UserError(fmt::format("{}: /{} has {} dimensions, expected 1", file.string(),
                                   kDatasets[i], datasets[i].dim()));
   }
-  if (checksum_of(datasets, attributes_of(residual)) != reader.text_attribute("/", "checksum"))
+  const std::string attributes = attributes_of(residual, reader.integer_attribute("/", "version"));
+  if (checksum_of(datasets, attributes) != reader.text_attribute("/", "checksum"))
     throw UserError(
         fmt::format("{}: its contents do not match their checksum: the file is damaged, "
                     "copy or write it again",

@@ -47,10 +47,12 @@ class Residual:
         file = h5py.File(path)
         assert file.attrs["kind"] in ("espalier.residual", b"espalier.residual")
         self.bits = int(file.attrs["bits"])
+        self.polar = bool(file.attrs["polar"])
         self.contents = json.loads(bytes(file["contents"][:]))
+        def numbers(name):  # empty data sets are not stored
+            return file[name][:].astype(float) if name in file else np.empty(0)
         self.codes = np.unpackbits(file["codes"][:], bitorder="little")
-        self.scales = file["scales"][:].astype(float)
-        self.diagonals = file["diagonals"][:].astype(float)
+        self.scales, self.diagonals = numbers("scales"), numbers("diagonals")
         self.whole = file["whole"][:].tobytes() if "whole" in file else b""
 
     def take(self, dataset, count):
@@ -58,30 +60,50 @@ class Residual:
         setattr(self, dataset, values[count:])
         return values[:count]
 
+    def stream(self, count):
+        """`count` codes of one bit stream."""
+        bits = self.take("codes", (count * self.bits + 7) // 8 * 8)[: count * self.bits]
+        return (bits.reshape(-1, self.bits) * (1 << np.arange(self.bits))).sum(1)
+
     def factor(self, length, rank):
-        used = (length * rank * self.bits + 7) // 8 * 8
-        bits = self.take("codes", used)[: length * rank * self.bits].reshape(-1, self.bits)
-        codes = (bits * (1 << np.arange(self.bits))).sum(1).reshape(rank, length)
-        step = self.take("scales", rank) / np.sqrt(length)
-        vectors = ((codes - (2**self.bits - 1) / 2) * step[:, None]).T
+        codes = self.stream(length * rank).reshape(rank, length)
+        if self.bits == 16:
+            vectors = (codes.astype(np.uint16).view(np.float16).astype(float) / np.sqrt(length)).T
+        else:
+            step = self.take("scales", rank) / np.sqrt(length)
+            vectors = ((codes - (2**self.bits - 1) / 2) * step[:, None]).T
+        if not self.polar:
+            return vectors
         left, _, right = np.linalg.svd(vectors, full_matrices=False)
         return left @ right
 
     def matrix(self, entry, base):
         rows, columns = entry["shape"][0], int(np.prod(entry["shape"][1:]))
+        if "entries" in entry:
+            step = self.take("scales", rows)[:, None] / np.sqrt(columns) * 2.0 ** entry["exponent"]
+            kept = (base != 0) if entry["mask"] else np.ones(base.shape, bool)
+            change = np.zeros((rows, columns))
+            change[kept.reshape(rows, columns)] = self.stream(entry["entries"]) - (2**self.bits - 1) / 2
+            return base + (change * step).reshape(base.shape) * kept
         u, v = self.factor(rows, entry["rank"]), self.factor(columns, entry["rank"])
         d = self.take("diagonals", entry["rank"]) * 2.0 ** entry["exponent"]
-        weight = base + (u * d) @ v.T
+        weight = base + ((u * d) @ v.T).reshape(base.shape)
         return weight * (base != 0) if entry["mask"] else weight
 
 
-@pytest.mark.parametrize("bits", [1, 4, 7])
-def test_numpy_decodes_the_residual_to_the_weights_that_the_stage_leaves(tmp_path, bits):
+SETTINGS = {"ere_1": ("ere", "compress.rank=8", "compress.bits=1"),
+            "ere_4": ("ere", "compress.rank=8", "compress.bits=4"),
+            "ere_7_not_orthonormal": ("ere", "compress.rank=8", "compress.bits=7", "compress.polar=false"),
+            "low_rank": ("low_rank", "compress.rank=8"),
+            "quantization_3": ("quantization", "compress.bits=3")}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_numpy_decodes_the_residual_to_the_weights_that_the_stage_leaves(tmp_path, case):
     base, tuned = write_models(tmp_path)
-    command = [BUILD / "espalier", "pipeline=[compress]", f"model.path={tmp_path}/base",
-               f"run.dir={tmp_path}/run", f"compress.finetuned={tmp_path}/tuned",
-               "compress.base=start", "compress.rank=8", "compress.budget=null",
-               f"compress.bits={bits}"]
+    method, *keys = SETTINGS[case]
+    command = [BUILD / "espalier", "pipeline=[compress]", f"compress={method}", f"model.path={tmp_path}/base",
+               f"run.dir={tmp_path}/run", f"compress.finetuned={tmp_path}/tuned", "compress.base=start", *keys]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     left = load_file(tmp_path / "run/01-compress/model/changed-00001.safetensors")

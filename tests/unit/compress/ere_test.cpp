@@ -29,7 +29,7 @@ Case make_case(int64_t rows, int64_t columns, int64_t rank, at::ScalarType dtype
 
 EncodedMatrix encode(const Case& c, int64_t bits, bool polar, EncodingErrors& errors,
                      bool mask = false) {
-  return encode_matrix(c.base, c.delta, c.known.u, c.known.values, c.known.v, bits, polar, mask,
+  return encode_matrix({c.base, c.delta, mask, c.known.u, c.known.values, c.known.v}, bits, polar,
                        &errors);
 }
 
@@ -158,8 +158,7 @@ TEST(Ere, ConvolutionKernelsAreFoldedAndComeBackInTheirShape) {
   const at::Tensor delta = difference(base, tuned, "conv");
   EXPECT_EQ(delta.sizes(), (std::vector<int64_t>{12, 12}));
   const auto known = decompose(delta, 12, 12, 0);
-  const auto encoded =
-      encode_matrix(base, delta, known.u, known.values, known.v, 8, true, false, nullptr);
+  const auto encoded = encode_matrix({base, delta, false, known.u, known.values, known.v}, 8, true);
   const at::Tensor decoded = decode_matrix(encoded, base, true, at::kFloat);
   EXPECT_EQ(decoded.sizes(), base.sizes());
   EXPECT_LT((decoded - tuned).norm().item<double>(), 0.02 * delta.norm().item<double>());

@@ -36,8 +36,8 @@ class Residuals : public testing::Test {
                           team, hooks);
   }
   io::Checkpoint decode(const std::string& name) {
-    decode_residual(directory_ / "base", directory_ / name / "residual.h5",
-                    directory_ / (name + "-decoded"));
+    decode_residuals(directory_ / "base", {directory_ / name / "residual.h5"},
+                     directory_ / (name + "-decoded"));
     return io::Checkpoint::open(directory_ / (name + "-decoded"));
   }
   std::string bytes_of(const std::string& name) {
@@ -170,7 +170,8 @@ TEST_F(Residuals, AnotherBaseIsRefusedWithBothChecksums) {
   other[0].second[0][0] += 1;
   write_model(directory_ / "other", other);
   const std::string message = message_of<UserError>([&] {
-    decode_residual(directory_ / "other", directory_ / "out/residual.h5", directory_ / "decoded");
+    decode_residuals(directory_ / "other", {directory_ / "out/residual.h5"},
+                     directory_ / "decoded");
   });
   expect_contains(message, {base().tensors_checksum(),
                             io::Checkpoint::open(directory_ / "other").tensors_checksum()});
@@ -225,16 +226,10 @@ TEST_F(Residuals, Float16VectorsThatWouldOverflowStayFloat32) {
   tensors[6].second = at::full({96}, 1e6, at::kFloat);
   tensors[7].second = tensors[7].second * 2;
   write_model(directory_ / "tuned", tensors);
-  const auto whole = whole_tensors(base(), tuned(), at::kHalf);
+  const auto whole = whole_tensors(base(), tuned(), {}, at::kHalf);
   ASSERT_EQ(whole.size(), 3u);  // bias, head.weight, norm.weight
   EXPECT_EQ(whole[0].tensor.scalar_type(), at::kHalf);
   EXPECT_EQ(whole[2].tensor.scalar_type(), at::kFloat);
-}
-
-TEST(LongestFirst, BalancesKnownCosts) {
-  const auto units = longest_first({1, 7, 3, 3, 2}, 2);
-  EXPECT_EQ(units[0], (std::vector<int64_t>{1, 0}));
-  EXPECT_EQ(units[1], (std::vector<int64_t>{2, 3, 4}));
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ using io::message_of;
 class CompressKeys : public testing::Test {
  protected:
   std::unique_ptr<driver::Stage> make(const std::string& keys) {
-    io::write_file(directory_ / "default.yaml", "compress:\n  method: ere\n" + keys);
+    io::write_file(directory_ / "default.yaml", "compress:\n  method: " + method_ + "\n" + keys);
     const auto composition = config::compose({directory_.path(), "default", {}});
     return driver::make_stage("compress", composition.root().child("compress"));
   }
@@ -25,6 +25,7 @@ class CompressKeys : public testing::Test {
     return message_of<UserError>([&] { make(keys); });
   }
   io::TemporaryDirectory directory_;
+  std::string method_ = "ere";
 };
 
 TEST_F(CompressKeys, AllPinnedKeysAreRead) {
@@ -44,6 +45,23 @@ TEST_F(CompressKeys, ValuesOutOfRangeAndUnknownKeysAreRefused) {
   expect_contains(error("  budget: 0.0\n"), {"compress.budget"});
   expect_contains(error("  rank: 8\n  allocation: greddy\n"), {"compress.allocation", "greedy"});
   expect_contains(error("  rank: 8\n  vector: float16\n"), {"compress.vector", "vectors"});
+}
+
+TEST_F(CompressKeys, KeysThatAMethodHasNoUseForAreRefused) {
+  expect_contains(error("  rank: 8\n  residuals: [a.h5]\n"), {"compress.residuals", "sum"});
+  method_ = "low_rank";
+  EXPECT_NE(make("  rank: 8\n"), nullptr);
+  expect_contains(error("  rank: 8\n  bits: 4\n"), {"compress.bits", "float16"});
+  method_ = "quantization";
+  EXPECT_NE(make("  bits: 3\n"), nullptr);
+  expect_contains(error("  rank: 8\n"), {"compress.rank", "truncates nothing"});
+  method_ = "sum";
+  EXPECT_NE(make("  residuals: [a.h5, b.h5]\n  weights: [1, 0.5]\n"), nullptr);
+  expect_contains(error("  residuals: [a.h5]\n  weights: [1, 2]\n"),
+                  {"compress.weights", "2", "1"});
+  expect_contains(error("  bits: 4\n"), {"compress.bits"});
+  method_ = "svd";
+  expect_contains(error("  rank: 8\n"), {"compress.method", "low_rank", "quantization"});
 }
 
 TEST_F(CompressKeys, AModelOfOtherShapesIsRefusedBeforeAnythingRuns) {

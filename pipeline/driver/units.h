@@ -10,7 +10,7 @@
 #include "pipeline/comm/communicator.h"
 #include "pipeline/workers.h"
 
-namespace espalier::compress {
+namespace espalier::driver {
 
 /// What the loop tells and asks while it runs; rank 0's are shown. All are called by the rank's
 /// first thread, on every rank alike.
@@ -35,4 +35,4 @@ void carry_out_units(const std::string& what, const std::vector<double>& costs,
                      const Hooks& hooks, const std::function<void(int64_t unit)>& body,
                      bool count_done = true);
 
-}  // namespace espalier::compress
+}  // namespace espalier::driver

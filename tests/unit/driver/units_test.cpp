@@ -1,8 +1,8 @@
-#include "stages/compress/units.h"
+#include "pipeline/driver/units.h"
 
 #include <gtest/gtest.h>
 
-namespace espalier::compress {
+namespace espalier::driver {
 namespace {
 
 struct Told {
@@ -41,5 +41,11 @@ TEST(Units, ALaterRoundTellsOfItsOwnUnitsOnly) {
   EXPECT_EQ(told.units, std::vector<int64_t>{2});
 }
 
+TEST(LongestFirst, BalancesKnownCosts) {
+  const auto units = longest_first({1, 7, 3, 3, 2}, 2);
+  EXPECT_EQ(units[0], (std::vector<int64_t>{1, 0}));
+  EXPECT_EQ(units[1], (std::vector<int64_t>{2, 3, 4}));
+}
+
 }  // namespace
-}  // namespace espalier::compress
+}  // namespace espalier::driver

@@ -1,4 +1,4 @@
-#include "stages/compress/units.h"
+#include "pipeline/driver/units.h"
 
 #include <fmt/format.h>
 
@@ -7,7 +7,7 @@
 
 #include "pipeline/errors.h"
 
-namespace espalier::compress {
+namespace espalier::driver {
 namespace {
 
 /// Units a worker takes between two looks at the signals.
@@ -68,4 +68,4 @@ void carry_out_units(const std::string& what, const std::vector<double>& costs,
   }
 }
 
-}  // namespace espalier::compress
+}  // namespace espalier::driver

@@ -1,0 +1,67 @@
+/// The stage `discover`: index sets for sparse residuals. It leaves the model as it was.
+
+#include <fmt/format.h>
+
+#include "pipeline/driver/stage.h"
+#include "pipeline/errors.h"
+#include "stages/discover/index_sets.h"
+
+namespace espalier::discover {
+namespace {
+
+class DiscoverStage : public driver::Stage {
+ public:
+  explicit DiscoverStage(const config::Section& section)
+      : method_name_(section.text("method")),
+        method_(make_method(section)),
+        cardinality_(section.integer("cardinality", {.low = 1})),
+        targets_(section.texts("targets")) {
+    if (targets_.empty())
+      section.fail("targets", "the list is empty; name matrices, such as [q_proj, v_proj]");
+    section.allow({"stage", "from"});
+    section.finish();
+  }
+
+  void check(const driver::RunContext&, const std::filesystem::path& start_model) const override {
+    for (const TargetMatrix& target :
+         target_matrices(io::Checkpoint::open(start_model), targets_)) {
+      if (cardinality_ > target.rows * target.columns)
+        throw UserError(fmt::format("discover.cardinality: {} is more than the {} entries of {}",
+                                    cardinality_, target.rows * target.columns, target.name));
+      method_->check(target.name, target.rows, target.columns);
+    }
+  }
+
+  driver::StageResult carry_out(driver::StageContext& context) const override {
+    const driver::RunContext& run = context.run;
+    const auto model = io::Checkpoint::open(context.input_model);
+    const driver::Hooks hooks{[&](const std::string& what, int64_t total, int64_t done) {
+                                context.progress.start(what, total, done);
+                              },
+                              [&](int64_t done) { context.progress.advance(done); },
+                              [&] { return driver::stop_requested(run.group); }};
+    driver::StageResult result;
+    result.metrics = discover_index_sets(model, target_matrices(model, targets_),
+                                         {method_name_, *method_, cardinality_, run.seed},
+                                         context.directory, run.group, *run.workers, hooks);
+    result.model = context.input_model;
+    context.progress.finish();
+    if (run.group.is_root())
+      context.progress.say(fmt::format("index_sets.h5: {} positions in each of {} matrices",
+                                       cardinality_, result.metrics["matrices"].size()));
+    return result;
+  }
+
+ private:
+  std::string method_name_;
+  std::unique_ptr<Method> method_;
+  int64_t cardinality_;
+  std::vector<std::string> targets_;
+};
+
+const driver::StageRegistration registration{"discover", [](const config::Section& section) {
+                                               return std::make_unique<DiscoverStage>(section);
+                                             }};
+
+}  // namespace
+}  // namespace espalier::discover

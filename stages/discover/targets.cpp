@@ -1,0 +1,48 @@
+#include "stages/discover/targets.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <fnmatch.h>
+
+#include <algorithm>
+
+#include "pipeline/errors.h"
+#include "pipeline/model/architecture.h"
+
+namespace espalier::discover {
+namespace {
+
+bool matches(const std::string& glob, const model::Architecture& architecture, int64_t block,
+             const model::Linear& layer) {
+  const std::string last = layer.name.substr(layer.name.rfind('.') + 1);
+  for (const std::string& name : {last, layer.name, architecture.tensor_name(block, layer.name)})
+    if (fnmatch(glob.c_str(), name.c_str(), 0) == 0) return true;
+  return false;
+}
+
+}  // namespace
+
+std::vector<TargetMatrix> target_matrices(const io::Checkpoint& checkpoint,
+                                          const std::vector<std::string>& globs) {
+  const model::Architecture architecture = model::read_architecture(checkpoint);
+  std::vector<TargetMatrix> targets;
+  std::vector<bool> used(globs.size(), false);
+  for (int64_t block = 0; block < architecture.blocks; ++block)
+    for (const model::Linear& layer : architecture.linears) {
+      bool wanted = false;
+      for (size_t i = 0; i < globs.size(); ++i) {
+        if (!matches(globs[i], architecture, block, layer)) continue;
+        wanted = used[i] = true;
+      }
+      if (wanted) targets.push_back({architecture.weight_name(block, layer), layer.out, layer.in});
+    }
+  const auto unused = std::find(used.begin(), used.end(), false);
+  if (unused == used.end()) return targets;
+  std::vector<std::string> names;
+  for (const model::Linear& layer : architecture.linears) names.push_back(layer.name);
+  throw UserError(
+      fmt::format("discover.targets: '{}' matches no linear layer of this {} model; a block has {}",
+                  globs[unused - used.begin()], architecture.model_type, fmt::join(names, ", ")));
+}
+
+}  // namespace espalier::discover
