@@ -324,9 +324,18 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
       fmt::format("{} trainable parameters at {} matrices and {} other tensors, "
                   "and {} of a head",
                   trainable, model.targets().size(), model.sites().size(), head));
-  int64_t reported = 0;
-  for (const Target& target : model.targets())
+  int64_t reported = 0, masked = 0;
+  for (const Target& target : model.targets()) {
     reported += method_->reported_parameters(target.weight.size(0), target.weight.size(1));
+    masked += target.kept.defined();
+  }
+  if (!model.targets().empty() && model.sites().empty() && reported != trainable)
+    context.progress.say(fmt::format("its paper counts {} of them", reported));
+  if (options_.method == "lora" && masked > 0)
+    context.progress.say(
+        fmt::format("merge: masked makes lora the same as lora_masked: it trains inside the mask "
+                    "of {} matrices",
+                    masked));
   const train::LoopResult trained = train(context, model, *parameters, sets, fingerprint);
 
   model.adapter().prepare_step(*run.workers);
