@@ -51,6 +51,11 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
+/// Features that the classifier reads: a decoder's score stands where its output embedding does.
+int64_t classifier_width(const Architecture& a) {
+  return a.task == Task::causal ? a.embedding_size : a.hidden;
+}
+
 /// The checkpoint's tensor, or a drawn one.
 HeadTensor load_or_draw(const io::Checkpoint& checkpoint, const std::string& name,
                         const std::vector<int64_t>& shape, uint64_t seed, bool draw) {
@@ -129,10 +134,10 @@ std::optional<int64_t> labels_of_head(const io::Checkpoint& checkpoint, const Ar
   const std::string name = layout->classifier + ".weight";
   if (!checkpoint.has(name)) return std::nullopt;
   const std::vector<int64_t>& shape = checkpoint.info(name).shape;
-  if (shape.size() != 2 || shape[0] < 1 || shape[1] != a.hidden)
+  if (shape.size() != 2 || shape[0] < 1 || shape[1] != classifier_width(a))
     throw UserError(fmt::format("{}: tensor {} has shape {}; [labels, {}] is expected",
                                 checkpoint.directory().string(), name, shape_text(shape),
-                                a.hidden));
+                                classifier_width(a)));
   return shape[0];
 }
 
@@ -159,7 +164,7 @@ SequenceHead load_sequence_head(const io::Checkpoint& checkpoint, const Architec
     add(layout->dense + ".weight", {a.hidden, a.hidden}, false);
     add(layout->dense + ".bias", {a.hidden}, false);
   }
-  add(layout->classifier + ".weight", {labels, a.hidden}, other);
+  add(layout->classifier + ".weight", {labels, classifier_width(a)}, other);
   if (layout->bias) add(layout->classifier + ".bias", {labels}, other);
   return head;
 }

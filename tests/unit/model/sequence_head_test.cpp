@@ -8,7 +8,7 @@
 #include <functional>
 #include <limits>
 
-#include "pipeline/errors.h"
+#include "pipeline/linalg/product.h"
 
 namespace espalier::model {
 namespace {
@@ -101,6 +101,7 @@ at::Tensor differences(at::Tensor& x, const std::function<double()>& f) {
 }
 
 TEST(SequenceHead, GradientsOfTheLossAreThoseOfDifferences) {
+  linalg::one_library_thread();  // thousands of tiny products
   const UnitShape unit{3, 2, at::tensor({2, 1, 2}, at::kLong)};
   for (const Pooling pooling : {Pooling::first_token_tanh, Pooling::first_token_gelu}) {
     for (const Problem problem : {Problem::classification, Problem::regression}) {
