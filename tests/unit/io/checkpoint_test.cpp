@@ -183,7 +183,7 @@ TEST(DerivedCheckpoint, AnotherModelInThePlaceOfTheBaseIsRefused) {
       {(directory / "a/derived.json").string(), "not the model that it was derived from"});
   fs::remove_all(directory / "m");
   expect_contains(message_of<UserError>([&] { Checkpoint::open(directory / "a"); }),
-                  {"derived.json", (directory / "m").string(), "no directory"});
+                  {"derived.json", (directory / "m").string(), "is no model"});
 }
 
 TEST(DerivedCheckpoint, OneAlteredValueInTheBaseIsFoundByVerifying) {
