@@ -7,7 +7,7 @@
 #   --model  a checkpoint as transformers writes it: config.json, safetensors, tokenizer.json
 #   --text   UTF-8; its paragraphs become the calibration, training and held-out parts
 #   --ranks  MPI ranks on this machine                             (2)
-#   overrides  of the configuration quickstart, e.g. prune.method=sparsegpt run.seed=1
+#   overrides  of the configuration quickstart, e.g. prune=sparsegpt run.seed=1
 #
 # What it costs: the first time a few minutes and 7 GB for PyTorch's libraries, then at most a quarter
 # of an hour on two cores, the build included. A second start skips all that is done. The variables
@@ -30,7 +30,7 @@ done
 for override in "$@"; do
   case "$override" in
     *=* | '~'*) ;;
-    *) fail "quickstart.sh: $override is no override; overrides look like prune.method=wanda and come last" ;;
+    *) fail "quickstart.sh: $override is no override; overrides look like prune=wanda and come last" ;;
   esac
 done
 if [ -n "$model" ]; then

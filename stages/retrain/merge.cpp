@@ -24,6 +24,7 @@ void add(MergeReport& total, const MergeReport& one) {
   total.nonzeros_before += one.nonzeros_before;
   total.nonzeros_after += one.nonzeros_after;
   total.filled += one.filled;
+  total.changed += one.changed;
 }
 
 /// Counts of one merged matrix, checked.
@@ -34,6 +35,7 @@ MergeReport compare(const Target& target, const at::Tensor& merged, bool masked)
   report.nonzeros_before = merged.numel() - was_zero.sum().item<int64_t>();
   report.nonzeros_after = merged.numel() - is_zero.sum().item<int64_t>();
   report.filled = was_zero.logical_and(is_zero.logical_not()).sum().item<int64_t>();
+  report.changed = merged.ne(target.weight).sum().item<int64_t>();
   if (masked && report.filled > 0)
     throw DefectError(
         fmt::format("{}: merging filled {} zeros of the mask", target.name, report.filled));
@@ -167,11 +169,12 @@ MergeReport write_model(const std::filesystem::path& directory, const io::Checkp
   }
   MergeReport total;
   for (const MergeReport& report : reports) add(total, report);
-  int64_t totals[4] = {total.elements, total.nonzeros_before, total.nonzeros_after, total.filled};
+  int64_t totals[5] = {total.elements, total.nonzeros_before, total.nonzeros_after, total.filled,
+                       total.changed};
   group.all_reduce_sum(totals);  // also: every file is written before derived.json says so
   if (group.is_root()) io::write_derived(directory, base);
   group.barrier();
-  return {totals[0], totals[1], totals[2], totals[3]};
+  return {totals[0], totals[1], totals[2], totals[3], totals[4]};
 }
 
 }  // namespace espalier::retrain

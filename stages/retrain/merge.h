@@ -16,6 +16,9 @@ struct MergeReport {
   int64_t elements = 0;
   int64_t nonzeros_before = 0, nonzeros_after = 0;  ///< beside: the terms' numbers are added
   int64_t filled = 0;                               ///< zeros that became something else
+  /// Merged: elements that are not what they were. A change below half a step of the model's type
+  /// is rounded away.
+  int64_t changed = 0;
 
   /// Of the zeros before, the share that was filled.
   double share_filled() const {

@@ -285,10 +285,12 @@ void RetrainStage::say_merged(driver::StageContext& context, const MergeReport& 
     context.progress.say(fmt::format("the adapter stays beside {} nonzeros, {} with it",
                                      merged.nonzeros_before, merged.nonzeros_after));
   else
-    context.progress.say(fmt::format(
-        "merged {}: {} nonzeros before, {} after, {} zeros filled ({:.2f} % of the zeros)",
-        merge_name(options_.merge), merged.nonzeros_before, merged.nonzeros_after, merged.filled,
-        100 * merged.share_filled()));
+    context.progress.say(
+        fmt::format("merged {}: {} nonzeros before, {} after, {} zeros filled ({:.2f} % of the "
+                    "zeros), {} of {} "
+                    "weights changed",
+                    merge_name(options_.merge), merged.nonzeros_before, merged.nonzeros_after,
+                    merged.filled, 100 * merged.share_filled(), merged.changed, merged.elements));
 }
 
 nlohmann::json metrics_of(const train::LoopResult& trained) {
@@ -358,6 +360,7 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
                          {"nonzeros_before", merged.nonzeros_before},
                          {"nonzeros_after", merged.nonzeros_after},
                          {"zeros_filled", merged.filled},
+                         {"weights_changed", merged.changed},
                          {"share_of_zeros_filled", merged.share_filled()},
                          {"merge_largest_logit_difference", difference.largest_logit},
                          {"merge_kl", difference.mean_kl},
