@@ -133,6 +133,13 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   return architecture;
 }
 
+void require_positions(const Architecture& architecture, int64_t length, const std::string& key,
+                       const std::string& model) {
+  if (architecture.position_embedding.empty() || length <= architecture.max_positions) return;
+  throw UserError(fmt::format("{}: {} is above the {} learned positions of {}", key, length,
+                              architecture.max_positions, model));
+}
+
 bool ConfigReader::has(const std::string& key) const {
   return config_.is_object() && config_.contains(key) && !config_[key].is_null();
 }

@@ -121,6 +121,11 @@ bool knows_architecture(const io::Checkpoint& checkpoint);
 /// the architectures there are.
 Architecture read_architecture(const io::Checkpoint& checkpoint);
 
+/// Throws UserError naming `key` when the model has fewer learned positions than `length`; computed
+/// ones (rotary) go on for ever.
+void require_positions(const Architecture& architecture, int64_t length, const std::string& key,
+                       const std::string& model);
+
 /// A family registers how its config.json reads: const ArchitectureRegistration r{"llama", read};
 struct ArchitectureRegistration {
   using Reader = Architecture (*)(const nlohmann::json& config, const io::Checkpoint& checkpoint);

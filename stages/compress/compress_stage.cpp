@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include "pipeline/driver/spread.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/checkpoint_layout.h"
@@ -152,6 +153,8 @@ class CompressStage : public driver::Stage {
   }
 
   nlohmann::json add(driver::StageContext& context, const io::Checkpoint& base) const {
+    refuse_terms(base);
+    driver::tensors_checksum(base, context.run.group);  // from now on rank 0 knows it
     const Summands& summands = options_.summands;
     int64_t bytes = 0;
     std::vector<std::string> files;
@@ -160,7 +163,8 @@ class CompressStage : public driver::Stage {
       files.push_back(file.string());
     }
     if (context.run.group.is_root()) {
-      write_sum(base, summands, context.directory / "model");
+      write_sum(base, summands, context.directory / "model",
+                [&] { context.run.group.still_working(); });
       context.progress.say(fmt::format("{} residuals of {} bytes added", files.size(), bytes));
     }
     context.run.group.barrier();

@@ -136,10 +136,13 @@ class Sum {
 }  // namespace
 
 at::ScalarType write_sum(const io::Checkpoint& base, const Summands& summands,
-                         const fs::path& directory) {
+                         const fs::path& directory, const std::function<void()>& still_working) {
   const Sum sum(base, summands);
-  write_changed_model(
-      base, sum.plan(), [&](size_t i) { return sum.tensor(i); }, directory);
+  const auto tensor = [&](size_t i) {
+    still_working();
+    return sum.tensor(i);
+  };
+  write_changed_model(base, sum.plan(), tensor, directory);
   return sum.dtype();
 }
 

@@ -10,6 +10,7 @@
 /// the residuals that hold it must hold the same, else it is an error that names both.
 
 #include <filesystem>
+#include <functional>
 #include <vector>
 
 #include "pipeline/io/checkpoint.h"
@@ -24,8 +25,9 @@ struct Summands {
 /// Writes a derived model into `directory`: what the residuals change, in shards of at most 1 GiB.
 /// Returns the type of its floating-point tensors, which the residuals must agree on. One rank; all
 /// residuals and one tensor in memory. Throws UserError when a residual is not one of `base`, or
-/// two contradict each other.
-at::ScalarType write_sum(const io::Checkpoint& base, const Summands& summands,
-                         const std::filesystem::path& directory);
+/// two contradict each other. `still_working` is called after every tensor.
+at::ScalarType write_sum(
+    const io::Checkpoint& base, const Summands& summands, const std::filesystem::path& directory,
+    const std::function<void()>& still_working = [] {});
 
 }  // namespace espalier::compress

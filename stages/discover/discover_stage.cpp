@@ -24,7 +24,7 @@ class DiscoverStage : public driver::Stage {
 
   void check(const driver::RunContext&, const std::filesystem::path& start_model) const override {
     for (const TargetMatrix& target :
-         target_matrices(io::Checkpoint::open(start_model), targets_)) {
+         target_matrices(model::read_architecture(io::Checkpoint::open(start_model)), targets_)) {
       if (cardinality_ > target.rows * target.columns)
         throw UserError(fmt::format("discover.cardinality: {} is more than the {} entries of {}",
                                     cardinality_, target.rows * target.columns, target.name));
@@ -34,16 +34,18 @@ class DiscoverStage : public driver::Stage {
 
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const driver::RunContext& run = context.run;
-    const auto model = io::Checkpoint::open(context.input_model);
+    const auto checkpoint = io::Checkpoint::open(context.input_model);
+    const model::Architecture architecture = model::read_architecture(checkpoint);
     const driver::Hooks hooks{[&](const std::string& what, int64_t total, int64_t done) {
                                 context.progress.start(what, total, done);
                               },
                               [&](int64_t done) { context.progress.advance(done); },
                               [&] { return driver::stop_requested(run.group); }};
     driver::StageResult result;
-    result.metrics = discover_index_sets(model, target_matrices(model, targets_),
-                                         {method_name_, *method_, cardinality_, run.seed},
-                                         context.directory, run.group, *run.workers, hooks);
+    result.metrics =
+        discover_index_sets(checkpoint, architecture, target_matrices(architecture, targets_),
+                            {method_name_, *method_, cardinality_, run.seed}, context.directory,
+                            run.group, *run.workers, hooks);
     result.model = context.input_model;
     context.progress.finish();
     if (run.group.is_root())

@@ -9,6 +9,7 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/hdf5.h"
 #include "pipeline/io/safetensors.h"
+#include "pipeline/model/stored_layers.h"
 
 namespace espalier::discover {
 namespace {
@@ -44,11 +45,12 @@ Result read_result(const fs::path& file) {
           fact[3]};
 }
 
-Result discover_one(const io::Checkpoint& model, const TargetMatrix& target,
-                    const Request& request) {
-  const Matrix matrix{target.name, model.view(target.name).to(at::kFloat).contiguous(),
-                      request.seed};
-  model.drop(target.name);
+Result discover_one(const io::Checkpoint& checkpoint, const model::Architecture& architecture,
+                    const TargetMatrix& target, const Request& request) {
+  const std::string stored = model::stored_weight_name(architecture, target.block, target.layer);
+  const at::Tensor weight = model::layer_part(architecture, target.layer, checkpoint.view(stored));
+  const Matrix matrix{target.name, weight.to(at::kFloat).contiguous(), request.seed};
+  checkpoint.drop(stored);
   if (!at::isfinite(matrix.weight).all().item<bool>())
     throw NumericalError(
         fmt::format("{}: the weights hold NaN or Inf; look at what wrote the model", target.name));
@@ -100,10 +102,10 @@ json figures(const std::vector<TargetMatrix>& targets, const std::vector<Result>
 
 }  // namespace
 
-json discover_index_sets(const io::Checkpoint& model, const std::vector<TargetMatrix>& targets,
-                         const Request& request, const fs::path& directory,
-                         const comm::Communicator& group, Workers& workers,
-                         const driver::Hooks& hooks) {
+json discover_index_sets(const io::Checkpoint& checkpoint, const model::Architecture& architecture,
+                         const std::vector<TargetMatrix>& targets, const Request& request,
+                         const fs::path& directory, const comm::Communicator& group,
+                         Workers& workers, const driver::Hooks& hooks) {
   std::vector<double> costs;
   std::vector<int64_t> done;
   for (size_t i = 0; i < targets.size(); ++i) {
@@ -111,10 +113,11 @@ json discover_index_sets(const io::Checkpoint& model, const std::vector<TargetMa
     done.push_back(group.is_root() && fs::exists(state_file(directory, int64_t(i))));
   }
   driver::carry_out_units("matrices", costs, done, group, workers, hooks, [&](int64_t i) {
-    write_result(state_file(directory, i), discover_one(model, targets[i], request));
+    write_result(state_file(directory, i),
+                 discover_one(checkpoint, architecture, targets[i], request));
   });
   group.barrier();  // every result is on the disk
-  const std::string checksum = driver::tensors_checksum(model, group);
+  const std::string checksum = driver::tensors_checksum(checkpoint, group);
   if (!group.is_root()) return {};
   std::vector<Result> results;
   for (size_t i = 0; i < targets.size(); ++i)

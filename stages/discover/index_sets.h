@@ -32,6 +32,7 @@ struct Request {
 /// predicted first. Each result is kept in `directory`/state, so that a run that was killed or
 /// asked to stop goes on behind it. Collective; the same bits on any number of ranks and workers.
 nlohmann::json discover_index_sets(const io::Checkpoint& model,
+                                   const model::Architecture& architecture,
                                    const std::vector<TargetMatrix>& targets, const Request& request,
                                    const std::filesystem::path& directory,
                                    const comm::Communicator& group, Workers& workers,

@@ -22,9 +22,8 @@ bool matches(const std::string& glob, const model::Architecture& architecture, i
 
 }  // namespace
 
-std::vector<TargetMatrix> target_matrices(const io::Checkpoint& checkpoint,
+std::vector<TargetMatrix> target_matrices(const model::Architecture& architecture,
                                           const std::vector<std::string>& globs) {
-  const model::Architecture architecture = model::read_architecture(checkpoint);
   std::vector<TargetMatrix> targets;
   std::vector<bool> used(globs.size(), false);
   for (int64_t block = 0; block < architecture.blocks; ++block)
@@ -34,7 +33,9 @@ std::vector<TargetMatrix> target_matrices(const io::Checkpoint& checkpoint,
         if (!matches(globs[i], architecture, block, layer)) continue;
         wanted = used[i] = true;
       }
-      if (wanted) targets.push_back({architecture.weight_name(block, layer), layer.out, layer.in});
+      if (wanted)
+        targets.push_back(
+            {architecture.weight_name(block, layer), layer.out, layer.in, block, layer});
     }
   const auto unused = std::find(used.begin(), used.end(), false);
   if (unused == used.end()) return targets;

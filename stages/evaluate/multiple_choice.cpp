@@ -119,10 +119,9 @@ class MultipleChoice : public Measurement {
                       "are part of the tokens: prepare it with --shots {}",
                       set.path().string(), set.shots(), name, shots_, shots_));
     set.require_vocabulary(architecture.vocabulary, model.string());
-    if (!architecture.position_embedding.empty() && length_ > architecture.max_positions)
-      throw UserError(fmt::format("{}: sequence_length {} is above the {} learned positions of {}",
-                                  set.path().string(), length_, architecture.max_positions,
-                                  model.string()));
+    model::require_positions(architecture, length_,
+                             fmt::format("evaluate.tasks.{}.sequence_length", name),
+                             model.string());
     return set;
   }
 

@@ -35,6 +35,9 @@ class Perplexity : public Measurement {
   void check(const driver::RunContext&, const model::Architecture& architecture,
              const std::filesystem::path& start_model) const override {
     require_language_model(architecture, start_model, "perplexity");
+    model::require_positions(architecture, length_,
+                             fmt::format("evaluate.tasks.{}.sequence_length", name),
+                             start_model.string());
     const data::TokenSet set = data::TokenSet::open(file);
     set.require_vocabulary(architecture.vocabulary, start_model.string());
     segments_of(set);

@@ -85,6 +85,8 @@ void PruneStage::check_data(const driver::RunContext& run, const model::Architec
   const data::TokenSet set = data::TokenSet::open(run.calibration_data);
   set.require_vocabulary(architecture.vocabulary, start.string());
   set.require_stream(options_.sequence_length);
+  model::require_positions(architecture, options_.sequence_length, "prune.sequence_length",
+                           start.string());
   if (options_.masked_tokens && !set.has_loss_mask())
     throw UserError(fmt::format("prune.tokens: loss_mask, and {} has none; set it to all",
                                 run.calibration_data.string()));

@@ -165,8 +165,14 @@ at::Tensor AdaptedModel::forward_block(int64_t block, const at::Tensor& hidden_s
   const auto hook = [&](const model::Linear& linear, const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias) {
     const int64_t target = target_of_[block][linear.role];
-    return target < 0 ? linalg::linear(x, weight, bias)
-                      : adapter_->apply(target, x, bias, pass.key);
+    if (target < 0) return linalg::linear(x, weight, bias);
+    UnitKey key = pass.key;
+    // DeBERTa sends its relative positions through q and k too: they are no tokens of the unit.
+    if (x.is_same(blocks_[block].relative_positions)) {
+      key.evaluating = true;
+      key.counted = 0;
+    }
+    return adapter_->apply(target, x, bias, key);
   };
   if (sites_of_[block].empty())
     return model::block_forward(architecture_, blocks_[block], hidden_states, pass.shape,

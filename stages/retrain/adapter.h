@@ -147,8 +147,6 @@ class AdapterMethod {
     (void)site;
     return false;
   }
-  /// Files read besides model and data: the stage is run again when they change.
-  virtual std::vector<std::filesystem::path> input_files() const { return {}; }
 };
 
 /// Reads the method's own keys of the `retrain` section.

@@ -136,6 +136,19 @@ class FullMethod : public AdapterMethod {
   FullOptions options_;
 };
 
+/// mask: fixed keeps the base's zeros and chooses none.
+void refuse_moving_mask(const config::Section& section) {
+  if (section.text_or("mask_pattern", "unstructured") != "unstructured")
+    section.fail("mask_pattern",
+                 "mask: fixed keeps the base's zeros; set it to unstructured, or "
+                 "choose mask: ste or sr_ste");
+  if (!section.is_null("mask_sparsity"))
+    section.fail(
+        "mask_sparsity",
+        "mask: fixed keeps the base's zeros; set it to null, or choose mask: ste or sr_ste");
+  section.allow({"mask_decay"});
+}
+
 void read_moving_mask(const config::Section& section, FullOptions& options) {
   const std::string pattern = section.text_or("mask_pattern", "unstructured");
   options.sparsity =
@@ -167,7 +180,10 @@ std::unique_ptr<AdapterMethod> read_full(const config::Section& section) {
     options.mask = Mask::sr_ste;
   else
     section.fail("mask", fmt::format("'{}' is none of fixed, ste, sr_ste", mask));
-  read_moving_mask(section, options);
+  if (options.mask == Mask::fixed)
+    refuse_moving_mask(section);
+  else
+    read_moving_mask(section, options);
   if (options.mask != Mask::fixed && section.text_or("merge", "masked") != "dense")
     section.fail("merge", fmt::format("mask: {} chooses anew which weights are zeros, so the "
                                       "base's do not stay; set merge: dense",

@@ -1,6 +1,7 @@
 #include "stages/retrain/options.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
@@ -125,6 +126,18 @@ std::string settings_of(const config::Section& section, const std::string& metho
   return settings.dump();
 }
 
+/// What another method reads and this one does not must not be set.
+void refuse_keys_of_others(const config::Section& section, const std::string& method) {
+  const std::vector<std::string> own = adapter_keys(method);
+  for (const std::string& key : adapter_keys()) {
+    if (std::find(own.begin(), own.end(), key) != own.end()) continue;
+    section.allow({key});
+    if (section.is_null(key) || (key == "dropout" && section.number(key) == 0)) continue;
+    section.fail(
+        key, fmt::format("method {} does not read it; it reads: {}", method, fmt::join(own, ", ")));
+  }
+}
+
 }  // namespace
 
 int64_t RetrainOptions::total_steps(int64_t epoch_sequences) const {
@@ -149,7 +162,7 @@ RetrainOptions read_options(const config::Section& section) {
   read_validate(section, options.validate);
   options.settings = settings_of(section, options.method);
   section.allow(kForeignKeys);
-  section.allow(adapter_keys());
+  refuse_keys_of_others(section, options.method);
   return options;
 }
 

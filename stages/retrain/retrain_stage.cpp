@@ -161,10 +161,10 @@ void RetrainStage::check(const driver::RunContext& run,
 }
 
 std::string RetrainStage::checksum_of_inputs() const {
-  std::vector<std::filesystem::path> files = method_->input_files();
+  std::vector<std::filesystem::path> files;
   if (options_.adapter_from) files.push_back(adapter_file_of(*options_.adapter_from));
   if (options_.index_sets) files.emplace_back(*options_.index_sets);
-  std::string checksums;
+  std::string checksums = std::string(kNumericsVersion) + " ";
   for (const std::filesystem::path& file : files) checksums += io::file_checksum(file) + " ";
   return checksums;
 }
@@ -331,7 +331,8 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
     reported += method_->reported_parameters(target.weight.size(0), target.weight.size(1));
     masked += target.kept.defined();
   }
-  if (!model.targets().empty() && model.sites().empty() && reported != trainable)
+  for (const auto& site : model.sites()) reported += c10::multiply_integers(site.site.shape);
+  if (reported != trainable)
     context.progress.say(fmt::format("its paper counts {} of them", reported));
   if (options_.method == "lora" && masked > 0)
     context.progress.say(
@@ -354,7 +355,7 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
   result.metrics = metrics_of(trained);
   result.metrics.update({{"method", options_.method},
                          {"trainable_parameters", trainable},
-                         {"reported_parameters", reported},  // of the matrices, as its paper counts
+                         {"reported_parameters", reported},  // as its paper counts
                          {"head_parameters", head},
                          {"merge", merge_name(options_.merge)},
                          {"nonzeros_before", merged.nonzeros_before},
@@ -368,10 +369,13 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
                          {"data_checksum", sets.train.set().checksum()},
                          {"sequence_length", options_.sequence_length}});
   if (sets.validation)
-    result.metrics["validation"] = {
-        {"metric", sets.validation->metric()}, {"sequences", sets.validation->sequences()},
-        {"count", trained.validations},        {"best_step", trained.best_step},
-        {"best_score", trained.best_score},    {"kept_step", trained.kept_step}};
+    result.metrics["validation"] = {{"metric", sets.validation->metric()},
+                                    {"sequences", sets.validation->sequences()},
+                                    {"count", trained.validations},
+                                    {"best_step", trained.best_step},
+                                    {"kept_step", trained.kept_step}};
+  if (trained.validations > 0)
+    result.metrics["validation"]["best_value"] = sets.validation->value(trained.best_score);
   return result;
 }
 

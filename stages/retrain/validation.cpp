@@ -101,4 +101,6 @@ double Validation::score(const data::Metrics& metrics) const {
   return std::isnan(value) ? 1.0 : -value;
 }
 
+double Validation::value(double score) const { return larger_is_better(metric_) ? -score : score; }
+
 }  // namespace espalier::retrain

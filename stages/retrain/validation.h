@@ -28,6 +28,8 @@ class Validation {
                         const comm::Communicator& group) const;
   /// Of the metric chosen; lower is better. A correlation of constant predictions is the worst.
   double score(const data::Metrics& metrics) const;
+  /// The metric's value of a score.
+  double value(double score) const;
 
  private:
   TrainingData held_;

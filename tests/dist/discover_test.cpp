@@ -31,8 +31,9 @@ void discover_into(const fs::path& directory, const io::Checkpoint& model,
                    const Communicator& group, int threads, const driver::Hooks& hooks = {}) {
   Workers workers(threads);
   const Grebsmo method;
-  discover_index_sets(model, target_matrices(model, {"*"}), {"grebsmo", method, 16, 3}, directory,
-                      group, workers, hooks);
+  const model::Architecture architecture = model::read_architecture(model);
+  discover_index_sets(model, architecture, target_matrices(architecture, {"*"}),
+                      {"grebsmo", method, 16, 3}, directory, group, workers, hooks);
 }
 
 TEST(DiscoverOnRanks, TheFileHasTheBytesOfOneRankAndOfARunThatWasStopped) {

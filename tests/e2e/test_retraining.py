@@ -49,7 +49,7 @@ def test_the_earliest_best_validation_is_what_the_next_stage_reads(validated):
     best = lines[losses.index(min(losses))]
     metrics = metrics_of(validated, "02-retrain")
     assert metrics["validation"]["best_step"] == metrics["validation"]["kept_step"] == best["step"]
-    assert metrics["validation"]["best_score"] == best["loss"]
+    assert metrics["validation"]["best_value"] == best["loss"]
     assert best["perplexity"] == pytest.approx(np.exp(best["loss"]))
     assert metrics["zeros_filled"] == 0
     assert metrics["merge_largest_logit_difference"] < 0.05
