@@ -129,6 +129,7 @@ std::string settings_of(const config::Section& section, const std::string& metho
 /// What another method reads and this one does not must not be set.
 void refuse_keys_of_others(const config::Section& section, const std::string& method) {
   const std::vector<std::string> own = adapter_keys(method);
+  if (own.empty()) return;  // an unknown method: the registry says so
   for (const std::string& key : adapter_keys()) {
     if (std::find(own.begin(), own.end(), key) != own.end()) continue;
     section.allow({key});
