@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -127,11 +128,24 @@ TrainingSampler::Row TrainingSampler::row(int64_t sequence) const {
           train_on_prompt_ ? at::ones({length}, at::kBool) : set_.loss_mask(document, 0, length)};
 }
 
+int64_t TrainingSampler::tokens(int64_t sequence) const {
+  if (!instructions_) return sequence_length_;
+  const int64_t document = example_at(part_, seed_, sequence, set_.documents());
+  return std::min(sequence_length_, set_.document_tokens(document));
+}
+
 Batch TrainingSampler::batch(int64_t first, int64_t count) const {
+  std::vector<int64_t> sequences(count);
+  std::iota(sequences.begin(), sequences.end(), first);
+  return batch(sequences);
+}
+
+Batch TrainingSampler::batch(std::span<const int64_t> sequences) const {
+  const auto count = static_cast<int64_t>(sequences.size());
   std::vector<Row> rows;
   int64_t longest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    rows.push_back(row(first + i));
+  for (const int64_t sequence : sequences) {
+    rows.push_back(row(sequence));
     longest = std::max(longest, rows.back().tokens.numel());
   }
   Batch batch{at::zeros({count, longest}, at::kLong),

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 #include "pipeline/data/token_set.h"
@@ -72,8 +73,12 @@ class TrainingSampler {
   /// Sequences of an epoch: the examples, or the stream cut into windows once. All of those held
   /// out.
   int64_t epoch_sequences() const;
-  /// Sequences [first, first + count) as one batch, right-padded to the longest (padding counts
-  /// nothing and, under causal attention, changes nothing).
+  /// Tokens of a sequence.
+  int64_t tokens(int64_t sequence) const;
+  /// Sequences as one batch, right-padded to the longest (padding counts nothing and, under causal
+  /// attention, changes nothing).
+  Batch batch(std::span<const int64_t> sequences) const;
+  /// Sequences [first, first + count).
   Batch batch(int64_t first, int64_t count) const;
 
  private:

@@ -27,7 +27,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 /// Changes with the meaning of what stages leave.
-constexpr const char* kNumericsVersion = "espalier 1";
+constexpr const char* kNumericsVersion = "espalier 2";
 
 struct Running {
   const Shared& shared;

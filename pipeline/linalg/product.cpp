@@ -20,12 +20,19 @@ onednn::Type type_of(const at::Tensor& t, const char* what) {
                                 c10::toString(t.scalar_type())));
 }
 
+/// A matrix, or a batch of them.
 onednn::Operand operand(const at::Tensor& t, const char* what) {
-  int64_t row = t.stride(0), column = t.stride(1);
+  int64_t row = t.stride(-2), column = t.stride(-1);
   // A dimension of one element has no stride that matters; give it the one its neighbour implies.
-  if (t.size(1) == 1 && row != 1) column = 1;
-  if (t.size(0) == 1 && column != 1) row = 1;
-  return {t.const_data_ptr(), type_of(t, what), t.size(0), t.size(1), row, column};
+  if (t.size(-1) == 1 && row != 1) column = 1;
+  if (t.size(-2) == 1 && column != 1) row = 1;
+  return {t.const_data_ptr(),
+          type_of(t, what),
+          t.size(-2),
+          t.size(-1),
+          row,
+          column,
+          t.dim() == 3 ? t.stride(0) : 0};
 }
 
 at::Tensor usable(const at::Tensor& t) {
@@ -73,6 +80,14 @@ void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
   }
   const at::Tensor left = usable(a), right = usable(b);
   onednn::matmul(operand(left, "a"), operand(right, "b"), operand(out, "out"));
+}
+
+void batched_product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  if (!a.is_cpu()) {
+    out.copy_(at::matmul(a, b));
+    return;
+  }
+  onednn::matmul(operand(a, "a"), operand(b, "b"), operand(out, "out"), nullptr, out.size(0));
 }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType out_type) {

@@ -19,6 +19,8 @@ namespace espalier::linalg {
 /// operand, no copy). 2 m n k FLOPs.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType out_type);
 void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+/// out[i] = a[i] b[i] of tensors [batch, rows, columns], contiguous or with the last two swapped.
+void batched_product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
 /// y[tokens, out] = x[tokens, in] weight[out, in]^T + bias[out]; in x's type. Differentiable in x
 /// and bias (weights are frozen).

@@ -10,6 +10,8 @@
 
 #include "pipeline/linalg/product.h"
 #include "pipeline/model/kernels.h"
+#include "pipeline/model/short_attention.h"
+#include "pipeline/model/visibility.h"
 
 namespace espalier::model {
 namespace {
@@ -35,21 +37,6 @@ at::Tensor gather_heads(const at::Tensor& x, int64_t heads, const AttentionShape
   return y;
 }
 
-/// Which keys each query of a sequence sees: [first, last).
-struct Visibility {
-  std::vector<int64_t> first, last;
-
-  Visibility(int64_t length, int64_t visible, const AttentionShape& s)
-      : first(length), last(length) {
-    for (int64_t i = 0; i < length; ++i) {
-      last[i] = s.causal ? std::min(i + 1, visible) : visible;
-      first[i] = s.sliding_window ? std::max<int64_t>(0, i + 1 - *s.sliding_window) : 0;
-      // A query behind the visible part (padding) keeps one key, so that its softmax exists.
-      first[i] = std::min(first[i], last[i] - 1);
-    }
-  }
-};
-
 struct Sequence {
   at::Tensor q, k, v;  // [heads, length, size], q scaled by 1/sqrt(size)
 
@@ -60,10 +47,6 @@ struct Sequence {
         k(gather_heads(k_in, s.key_value_heads, s, true, cosine, sine, 1.0f)),
         v(gather_heads(v_in, s.key_value_heads, s, false, cosine, sine, 1.0f)) {}
 };
-
-int64_t visible_of(const at::Tensor& visible, int64_t sequence, int64_t length) {
-  return visible.defined() ? visible.const_data_ptr<int64_t>()[sequence] : length;
-}
 
 /// One sequence; log_sum_exp [heads, length] float32 is filled when defined.
 void forward_sequence(const Sequence& x, const Visibility& sees, const AttentionShape& s,
@@ -155,6 +138,7 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
                             const std::optional<at::Tensor>& given_sine, int64_t sequences,
                             const AttentionShape& shape,
                             const std::optional<at::Tensor>& given_visible) {
+    const at::AutoDispatchBelowADInplaceOrView cheap_views;  // thousands of them, none recorded
     const at::Tensor cosine = given_cosine.value_or(at::Tensor());
     const at::Tensor sine = given_sine.value_or(at::Tensor());
     const at::Tensor visible = given_visible.value_or(at::Tensor());
@@ -174,6 +158,8 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
                   const AttentionShape& shape, const at::Tensor& visible, at::Tensor& out,
                   at::Tensor& log_sum_exp) {
     const int64_t length = q.size(0) / sequences;
+    if (length <= kShortSequence)
+      return short_attention(q, k, v, cosine, sine, sequences, shape, visible, out, log_sum_exp);
     for (int64_t i = 0; i < sequences; ++i) {
       const auto rows = [&](const at::Tensor& t) { return t.narrow(0, i * length, length); };
       const Sequence x(rows(q), rows(k), rows(v), cosine, sine, shape);
@@ -186,6 +172,7 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list gradients) {
+    const at::AutoDispatchBelowADInplaceOrView cheap_views;
     const auto saved = context->get_saved_variables();
     const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &cosine = saved[3],
                      &sine = saved[4], &visible = saved[5], &out = saved[6], &lse = saved[7];
@@ -193,6 +180,11 @@ struct CpuAttention : torch::autograd::Function<CpuAttention> {
     const int64_t sequences = context->saved_data["sequences"].toInt();
     const int64_t length = q.size(0) / sequences;
     const at::Tensor d_out = gradients[0].contiguous();
+    if (length <= kShortSequence) {
+      const AttentionGradients d = short_attention_backward(q, k, v, cosine, sine, sequences, shape,
+                                                            visible, out, d_out, lse);
+      return {d.q, d.k, d.v, {}, {}, {}, {}, {}};
+    }
     at::Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
     for (int64_t i = 0; i < sequences; ++i) {
       const auto rows = [&](const at::Tensor& t) { return t.narrow(0, i * length, length); };

@@ -237,11 +237,11 @@ train::LoopResult RetrainStage::train(driver::StageContext& context, AdaptedMode
   problem.parameters = &parameters;
   problem.prepare_step = [&] { model.adapter().prepare_step(*run.workers); };
   problem.unit = [&](int64_t step, int64_t unit, const train::GradientSink& sink) {
-    const int64_t in_step = unit * options_.micro_batch_size;
-    const int64_t first = step * options_.batch_size + in_step;
-    const UnitKey key{run.seed, step, in_step, options_.micro_batch_size};
-    return model.loss_and_gradients(sets.train.batch(first, options_.micro_batch_size), key,
-                                    options_.activation_checkpointing, sink);
+    const int64_t micro = options_.micro_batch_size;
+    const UnitKey key{run.seed, step, unit * micro, micro};
+    const UnitBatch batch =
+        sets.train.micro_batch(step * options_.batch_size, options_.batch_size, unit, micro);
+    return model.loss_and_gradients(batch, key, options_.activation_checkpointing, sink);
   };
   problem.validate = [&](int64_t steps) {
     return validate(context, model, *sets.validation, steps);

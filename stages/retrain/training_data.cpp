@@ -3,6 +3,10 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
 #include "pipeline/data/sequence_batch.h"
 #include "pipeline/errors.h"
 
@@ -31,12 +35,35 @@ double TrainingData::label(int64_t sequence) const {
   return set_.label(data::example_at(part_, seed_, sequence, set_.documents()));
 }
 
-UnitBatch TrainingData::batch(int64_t first, int64_t count) const {
-  if (text_) return text_->batch(first, count);
+int64_t TrainingData::tokens(int64_t sequence) const {
+  if (text_) return text_->tokens(sequence);
+  return set_.document_tokens(data::example_at(part_, seed_, sequence, set_.documents()));
+}
+
+UnitBatch TrainingData::batch(const std::vector<int64_t>& sequences) const {
+  if (text_) return text_->batch(sequences);
   std::vector<int64_t> documents;
-  for (int64_t i = 0; i < count; ++i)
-    documents.push_back(data::example_at(part_, seed_, first + i, set_.documents()));
+  for (const int64_t sequence : sequences)
+    documents.push_back(data::example_at(part_, seed_, sequence, set_.documents()));
   return data::sequence_batch(set_, documents);
+}
+
+UnitBatch TrainingData::batch(int64_t first, int64_t count) const {
+  std::vector<int64_t> sequences(count);
+  std::iota(sequences.begin(), sequences.end(), first);
+  return batch(sequences);
+}
+
+UnitBatch TrainingData::micro_batch(int64_t first, int64_t batch_size, int64_t unit,
+                                    int64_t micro_batch_size) const {
+  std::vector<std::pair<int64_t, int64_t>> by_length;
+  for (int64_t sequence = first; sequence < first + batch_size; ++sequence)
+    by_length.emplace_back(-tokens(sequence), sequence);
+  std::sort(by_length.begin(), by_length.end());
+  std::vector<int64_t> sequences;
+  for (int64_t i = unit * micro_batch_size; i < (unit + 1) * micro_batch_size; ++i)
+    sequences.push_back(by_length[i].second);
+  return batch(sequences);
 }
 
 }  // namespace espalier::retrain
