@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -222,6 +223,59 @@ Cut cut_smallest(const Selection& selection, std::span<const int64_t> piece_inde
                  const comm::Communicator& group) {
   const std::vector<int64_t> index(piece_index.begin(), piece_index.end());
   return cut_smallest({selection}, std::span(&index, 1), workers, group).front();
+}
+
+StreamedSelection::StreamedSelection(int64_t parts, double share)
+    : share_(share), bins_(parts << kBits[0]), below_(parts), ties_(parts) {}
+
+void StreamedSelection::add(int64_t part, std::span<const float> values) {
+  if (pass_ > 0 && k_ < 0) return;  // nothing goes
+  std::array<int64_t, kMostBins> table{};
+  if (pass_ == 0)
+    add_first_histogram(values, table.data());
+  else
+    add_later_histogram(values, pass_, prefix_, table.data());
+  const int64_t bins = int64_t{1} << kBits[pass_];
+  const std::lock_guard lock(mutex_);
+  int64_t* sum = bins_.data() + part * bins;
+  for (int64_t b = 0; b < bins; ++b) sum[b] += table[b];
+}
+
+void StreamedSelection::finish_pass(const comm::Communicator& group) {
+  const int64_t bins = int64_t{1} << kBits[pass_];
+  const auto parts = static_cast<int64_t>(below_.size());
+  group.all_reduce_sum(bins_);
+  std::vector<int64_t> total(bins);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t b = 0; b < bins; ++b) total[b] += bins_[part * bins + b];
+  if (pass_ == 0) {
+    for (const int64_t count : total) values_ += count;
+    k_ = static_cast<int64_t>(std::floor(static_cast<double>(values_) * share_)) - 1;
+  }
+  if (k_ >= 0) {
+    Search search{prefix_, k_};
+    descend(search, total.data(), pass_, 0, k_);
+    const int64_t bin = search.prefix & (bins - 1);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t* of_part = bins_.data() + part * bins;
+      for (int64_t b = 0; b < bin; ++b) below_[part] += of_part[b];
+      ties_[part] = of_part[bin];
+    }
+    prefix_ = search.prefix;
+    k_ = search.k;
+  }
+  if (++pass_ < kPasses) bins_.assign(parts << kBits[pass_], 0);
+}
+
+std::vector<int64_t> StreamedSelection::counts() const {
+  std::vector<int64_t> counts = below_;
+  int64_t left = k_ + 1;  // ties that go
+  for (size_t part = 0; part < counts.size(); ++part) {
+    const int64_t taken = std::min(left, ties_[part]);
+    counts[part] += taken;
+    left -= taken;
+  }
+  return counts;
 }
 
 }  // namespace espalier::linalg

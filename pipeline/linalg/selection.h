@@ -2,6 +2,7 @@
 /// Exact order statistics over values that are spread over workers and ranks.
 
 #include <cstdint>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -39,5 +40,38 @@ std::vector<Cut> cut_smallest(const std::vector<Selection>& batch,
 /// The same of one selection.
 Cut cut_smallest(const Selection& selection, std::span<const int64_t> piece_index, Workers& workers,
                  const comm::Communicator& group);
+
+/// How many values of each part are among the floor(share * number) smallest of all parts and
+/// ranks, exactly, ties to the lower part; for values too many to be held at once. They are given
+/// kPasses times, in any order and spread over ranks in any way:
+///
+///   for (int pass = 0; pass < StreamedSelection::kPasses; ++pass) {
+///     for (...) selection.add(part, values);
+///     selection.finish_pass(group);
+///   }
+///
+/// Memory and what travels in a pass: 2048 integers a part.
+class StreamedSelection {
+ public:
+  static constexpr int kPasses = 3;
+  StreamedSelection(int64_t parts, double share);
+  /// Non-negative finite values of `part`; several workers may call it at once.
+  void add(int64_t part, std::span<const float> values);
+  /// Collective.
+  void finish_pass(const comm::Communicator& group);
+  /// Of every part, behind the last pass. With cut_smallest each part then loses its share.
+  std::vector<int64_t> counts() const;
+  /// Of all parts and ranks, behind the first pass.
+  int64_t values() const { return values_; }
+
+ private:
+  double share_;
+  int pass_ = 0;
+  int32_t prefix_ = 0;                 // leading bits of the largest value that goes
+  int64_t values_ = 0, k_ = 0;         // k_: its position among those that have them
+  std::vector<int64_t> bins_, below_;  // [parts, bins] of this pass; [parts] that surely go
+  std::vector<int64_t> ties_;          // [parts], behind the last pass
+  std::mutex mutex_;
+};
 
 }  // namespace espalier::linalg

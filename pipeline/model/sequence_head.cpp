@@ -169,6 +169,15 @@ SequenceHead load_sequence_head(const io::Checkpoint& checkpoint, const Architec
   return head;
 }
 
+std::optional<std::string> pooler_weight(const io::Checkpoint& checkpoint, const Architecture& a) {
+  const std::optional<Layout> layout = layout_of(checkpoint, a);
+  if (!layout || layout->dense.empty()) return std::nullopt;
+  const std::string name = layout->dense + ".weight";
+  if (!checkpoint.has(name) || checkpoint.info(name).shape != std::vector{a.hidden, a.hidden})
+    return std::nullopt;
+  return name;
+}
+
 at::Tensor sequence_logits(const SequenceHead& head, const std::vector<at::Tensor>& parameters,
                            const at::Tensor& hidden_states, const UnitShape& unit) {
   at::Tensor x = hidden_states.index_select(0, pooled_rows(head.pooling, unit)).to(at::kFloat);

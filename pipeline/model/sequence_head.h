@@ -51,6 +51,11 @@ std::optional<int64_t> labels_of_head(const io::Checkpoint& checkpoint,
 SequenceHead load_sequence_head(const io::Checkpoint& checkpoint, const Architecture& architecture,
                                 int64_t labels, uint64_t seed, bool replace = false);
 
+/// The weight [hidden, hidden] of the dense layer that pools an encoder's first token
+/// ("bert.pooler.dense.weight"); nullopt where the checkpoint or the family has none.
+std::optional<std::string> pooler_weight(const io::Checkpoint& checkpoint,
+                                         const Architecture& architecture);
+
 /// float32 logits [sequences, labels]. `parameters` are the head's tensors in their order
 /// (float32); hidden_states [sequences * length, hidden], any type, behind the final norm where
 /// there is one. Differentiable in parameters and hidden_states.

@@ -45,6 +45,7 @@ BlockFiles::BlockFiles(const driver::StageContext& context, const model::Archite
       base_(base) {}
 
 std::filesystem::path BlockFiles::weights_file(int64_t block) const {
+  if (block == architecture_.blocks) return model_directory() / "ends.safetensors";
   return model_directory() / fmt::format("block-{:05}.safetensors", block);
 }
 std::filesystem::path BlockFiles::mask_file(int64_t block) const {

@@ -4,6 +4,7 @@
 ///
 ///   model/block-00007.safetensors   the block's pruned weights, in the model's dtype, by the
 ///                                   checkpoint's tensors (pipeline/model/stored_layers.h)
+///   model/ends.safetensors          the pooler's, which counts as one more block here
 ///   state/mask-00007.safetensors    masks by matrix, one bit a weight (1: pruned)
 ///   masks.h5                        all masks: uint8 [rows, ceil(columns / 8)], most significant
 ///   bit
@@ -30,8 +31,8 @@ class BlockFiles {
 
   /// Blocks 0 .. done-1 are on disk whole (the same answer on every rank; collective).
   int64_t finished_blocks(const comm::Communicator& group, int64_t blocks) const;
-  /// Written by rank 0: `tasks` named by Architecture::weight_name. `report`: an object of what a
-  /// reader may want to know of the block.
+  /// Written by rank 0: `tasks` named by their weights (Architecture::weight_name). `report`: an
+  /// object of what a reader may want to know of the block.
   void write(int64_t block, std::span<const MatrixTask> tasks, at::ScalarType dtype,
              const nlohmann::json& report) const;
   /// The reports of all blocks, those of earlier starts too.

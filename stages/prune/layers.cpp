@@ -49,8 +49,18 @@ bool glob_matches(const std::string& glob, const model::Architecture& architectu
   return false;
 }
 
+bool glob_matches(const std::string& glob, const std::string& weight) {
+  const std::string layer = weight.substr(0, weight.rfind(".weight"));
+  const size_t dot = layer.rfind('.'), before = dot == 0 ? dot : layer.rfind('.', dot - 1);
+  const std::string last = before == std::string::npos ? layer : layer.substr(before + 1);
+  return fnmatch(glob.c_str(), layer.c_str(), 0) == 0 ||
+         fnmatch(glob.c_str(), last.c_str(), 0) == 0;
+}
+
 void require_match(const std::string& glob, const std::string& key,
-                   const model::Architecture& architecture) {
+                   const model::Architecture& architecture,
+                   const std::optional<std::string>& outside) {
+  if (outside && glob_matches(glob, *outside)) return;
   for (int64_t block = 0; block < architecture.blocks; ++block)
     for (const auto& layer : architecture.linears)
       if (glob_matches(glob, architecture, block, layer)) return;
@@ -94,10 +104,24 @@ std::vector<PlannedLayer> planned_layers(const LayerChoice& choice,
   return layers;
 }
 
-void require_layers(const LayerChoice& choice, const model::Architecture& architecture) {
-  for (const auto& glob : choice.include) require_match(glob, "include", architecture);
-  for (const auto& glob : choice.exclude) require_match(glob, "exclude", architecture);
-  for (const auto& item : choice.overrides) require_match(item.match, "overrides", architecture);
+bool chooses(const LayerChoice& choice, const std::string& weight) {
+  const auto any = [&](const std::vector<std::string>& globs) {
+    return std::any_of(globs.begin(), globs.end(),
+                       [&](const std::string& glob) { return glob_matches(glob, weight); });
+  };
+  if ((!choice.include.empty() && !any(choice.include)) || any(choice.exclude)) return false;
+  const auto first =
+      std::find_if(choice.overrides.begin(), choice.overrides.end(),
+                   [&](const Override& item) { return glob_matches(item.match, weight); });
+  return first == choice.overrides.end() || first->pattern.has_value();
+}
+
+void require_layers(const LayerChoice& choice, const model::Architecture& architecture,
+                    const std::optional<std::string>& outside) {
+  for (const auto& glob : choice.include) require_match(glob, "include", architecture, outside);
+  for (const auto& glob : choice.exclude) require_match(glob, "exclude", architecture, outside);
+  for (const auto& item : choice.overrides)
+    require_match(item.match, "overrides", architecture, outside);
   for (int64_t block = 0; block < architecture.blocks; ++block)
     for (const PlannedLayer& layer : planned_layers(choice, architecture, block))
       if (!layer.pattern.unstructured() && layer.linear->in % layer.pattern.group != 0)

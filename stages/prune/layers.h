@@ -40,8 +40,14 @@ struct PlannedLayer {
 std::vector<PlannedLayer> planned_layers(const LayerChoice& choice,
                                          const model::Architecture& architecture, int64_t block);
 
-/// Throws UserError for a glob that matches no layer of the model, and for a pattern that does not
-/// divide a chosen layer's inputs.
-void require_layers(const LayerChoice& choice, const model::Architecture& architecture);
+/// Whether a layer outside of the blocks is chosen, by its weight's name: the globs are held
+/// against the layer's whole name ("bert.pooler.dense") and its last two parts ("pooler.dense").
+bool chooses(const LayerChoice& choice, const std::string& weight);
+
+/// Throws UserError for a glob that matches no layer of the model (`outside`: the weight of one
+/// that stands outside of the blocks), and for a pattern that does not divide a chosen layer's
+/// inputs.
+void require_layers(const LayerChoice& choice, const model::Architecture& architecture,
+                    const std::optional<std::string>& outside = std::nullopt);
 
 }  // namespace espalier::prune

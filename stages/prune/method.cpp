@@ -15,9 +15,6 @@ namespace {
 
 /// Written out with a value for every method, so that being set says nothing.
 const std::set<std::string> kWithDefault = {"block_size"};
-/// Written out as null whether or not a method that reads them is built in.
-const std::set<std::string> kPinned = {"heads", "criterion"};
-
 struct Entry {
   MethodFactory factory;
   std::vector<std::string> own_keys;
@@ -32,7 +29,7 @@ std::map<std::string, Entry>& registry() {
 }
 
 void refuse_keys_of_others(const config::Section& section, const std::string& method) {
-  std::set<std::string> keys = kPinned;
+  std::set<std::string> keys;
   for (const auto& [name, entry] : registry())
     keys.insert(entry.own_keys.begin(), entry.own_keys.end());
   for (const std::string& key : keys) {
@@ -42,10 +39,8 @@ void refuse_keys_of_others(const config::Section& section, const std::string& me
     std::vector<std::string> readers;
     for (const auto& [name, entry] : registry())
       if (entry.reads(key)) readers.push_back(name);
-    section.fail(
-        key, fmt::format("method {} does not read it ({}); set it to null", method,
-                         readers.empty() ? "nor does any method built in"
-                                         : fmt::format("read by: {}", fmt::join(readers, ", "))));
+    section.fail(key, fmt::format("method {} does not read it (read by: {}); set it to null",
+                                  method, fmt::join(readers, ", ")));
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -15,6 +16,7 @@
 
 #include "pipeline/config/section.h"
 #include "pipeline/driver/stage.h"
+#include "pipeline/io/checkpoint.h"
 #include "pipeline/model/architecture.h"
 #include "stages/prune/matrix_pruning.h"
 #include "stages/prune/statistics.h"
@@ -40,6 +42,19 @@ struct BlockWork {
   at::Tensor take_gram(int64_t input);
 };
 
+/// The whole model, for a method that looks at all of it before it prunes the first block.
+struct ModelWork {
+  driver::StageContext& context;
+  const io::Checkpoint& checkpoint;
+  std::vector<int64_t> sizes;  ///< matrices of each unit: the blocks in order, then the pooler
+  /// A unit's, loaded anew; their masks are zeros.
+  std::function<std::vector<MatrixTask>(int64_t unit)> tasks;
+  Pattern pattern;
+  bool keep_zeros = true;
+  /// For what was found: written by rank 0, it outlives a stop and is removed with the state.
+  std::filesystem::path journal;
+};
+
 /// A method as configured.
 class PruningMethod {
  public:
@@ -50,8 +65,15 @@ class PruningMethod {
   virtual bool moves_weights() const { return false; }
   /// Throws UserError placed at the key when the method cannot prune by `pattern`.
   virtual void check(const Pattern&) const {}
+  /// Whether the dense layer that pools an encoder's first token is pruned too, as a unit of its
+  /// own behind the blocks (BlockWork::block is then their number).
+  virtual bool prunes_pooler() const { return false; }
+  /// Called before the first block, also when a run goes on. Collective.
+  virtual void prepare(const ModelWork&) {}
   /// Masks and prunes this rank's tiles of every task (see matrix_pruning.h). Collective.
   virtual void prune(BlockWork& work) = 0;
+  /// For the stage's metrics, behind prepare().
+  virtual nlohmann::json facts() const { return nlohmann::json::object(); }
 };
 
 /// Reads the method's own keys of the `prune` section.

@@ -13,6 +13,7 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/model/sequence_head.h"
 #include "pipeline/model/stored_layers.h"
 #include "stages/prune/block_files.h"
 #include "stages/prune/calibration.h"
@@ -58,7 +59,16 @@ class PruneStage : public driver::Stage {
                    model::BlockWeights& block, int64_t index, Calibration* calibration,
                    const BlockAllocation* allocation, const BlockFiles& files) const;
   void prune_and_refine(BlockWork& work, const std::vector<PlannedLayer>& layers) const;
-  nlohmann::json metrics(const BlockFiles& files, int64_t blocks) const;
+  ModelWork model_work(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                       const model::Architecture& architecture,
+                       const std::optional<std::string>& pooler, const BlockFiles& files) const;
+  void prune_pooler(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                    const model::Architecture& architecture, const std::string& weight,
+                    const BlockFiles& files) const;
+  /// The weight of the pooling layer, where the method prunes it and the configuration lets it.
+  std::optional<std::string> pooler_of(const io::Checkpoint& checkpoint,
+                                       const model::Architecture& architecture) const;
+  nlohmann::json metrics(const BlockFiles& files, int64_t units) const;
 
   std::string method_name_;
   std::unique_ptr<PruningMethod> method_;
@@ -68,7 +78,9 @@ class PruneStage : public driver::Stage {
 void PruneStage::check(const driver::RunContext& run, const std::filesystem::path& start) const {
   const io::Checkpoint checkpoint = io::Checkpoint::open(start);
   const model::Architecture architecture = model::read_architecture(checkpoint);
-  require_layers(options_.layers, architecture);
+  require_layers(
+      options_.layers, architecture,
+      method_->prunes_pooler() ? model::pooler_weight(checkpoint, architecture) : std::nullopt);
   int64_t weights = 0;
   for (int64_t block = 0; block < architecture.blocks; ++block)
     for (const PlannedLayer& layer : planned_layers(options_.layers, architecture, block))
@@ -129,6 +141,71 @@ void PruneStage::prune_and_refine(BlockWork& work, const std::vector<PlannedLaye
           work.workers(), work.group());
 }
 
+std::vector<MatrixTask> tasks_of(const model::Architecture& architecture,
+                                 const model::BlockWeights& block, int64_t index,
+                                 const std::vector<PlannedLayer>& layers) {
+  std::vector<MatrixTask> tasks;
+  for (const PlannedLayer& layer : layers) {
+    const model::Linear& linear = *layer.linear;
+    const at::Tensor weight = block.weight[linear.role].to(at::kFloat, false, /*copy=*/true);
+    tasks.push_back({architecture.weight_name(index, linear), weight, linear.input,
+                     at::zeros(weight.sizes(), at::kByte), layer.pattern});
+  }
+  return tasks;
+}
+
+MatrixTask pooler_task(const io::Checkpoint& checkpoint, const std::string& name,
+                       const Pattern& pattern) {
+  const at::Tensor weight = checkpoint.view(name).to(at::kFloat, false, /*copy=*/true);
+  checkpoint.drop(name);
+  return {name, weight, 0, at::zeros(weight.sizes(), at::kByte), pattern};
+}
+
+std::optional<std::string> PruneStage::pooler_of(const io::Checkpoint& checkpoint,
+                                                 const model::Architecture& architecture) const {
+  if (!method_->prunes_pooler()) return std::nullopt;
+  const auto weight = model::pooler_weight(checkpoint, architecture);
+  return weight && chooses(options_.layers, *weight) ? weight : std::nullopt;
+}
+
+ModelWork PruneStage::model_work(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                                 const model::Architecture& architecture,
+                                 const std::optional<std::string>& pooler,
+                                 const BlockFiles& files) const {
+  ModelWork work{context,
+                 checkpoint,
+                 {},
+                 {},
+                 options_.layers.pattern,
+                 options_.keep_zeros,
+                 files.state_file("model.json")};
+  for (int64_t block = 0; block < architecture.blocks; ++block)
+    work.sizes.push_back(
+        static_cast<int64_t>(planned_layers(options_.layers, architecture, block).size()));
+  if (pooler) work.sizes.push_back(1);
+  work.tasks = [&, pooler](int64_t unit) -> std::vector<MatrixTask> {
+    c10::InferenceMode guard;
+    if (unit == architecture.blocks)
+      return {pooler_task(checkpoint, *pooler, options_.layers.pattern)};
+    return tasks_of(architecture,
+                    model::load_block(checkpoint, architecture, unit, context.run.dtype), unit,
+                    planned_layers(options_.layers, architecture, unit));
+  };
+  return work;
+}
+
+void PruneStage::prune_pooler(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                              const model::Architecture& architecture, const std::string& weight,
+                              const BlockFiles& files) const {
+  c10::InferenceMode guard;
+  BlockWork work{context, architecture, architecture.blocks, {}, {}, options_.keep_zeros};
+  work.tasks.push_back(pooler_task(checkpoint, weight, options_.layers.pattern));
+  method_->prune(work);
+  gather_rows(work.tasks, method_->moves_weights(), context.run.group);
+  if (context.run.group.is_root())
+    files.write(architecture.blocks, work.tasks, checkpoint.info(weight).dtype, work.report);
+}
+
 void PruneStage::prune_block(driver::StageContext& context, const model::Architecture& architecture,
                              model::BlockWeights& block, int64_t index, Calibration* calibration,
                              const BlockAllocation* allocation, const BlockFiles& files) const {
@@ -145,12 +222,7 @@ void PruneStage::prune_block(driver::StageContext& context, const model::Archite
     work.statistics = calibration->collect(
         block, index, layers, [&](const std::string& line) { context.progress.say(line); });
   c10::InferenceMode guard;
-  for (const PlannedLayer& layer : layers) {
-    const model::Linear& linear = *layer.linear;
-    const at::Tensor weight = block.weight[linear.role].to(at::kFloat, false, /*copy=*/true);
-    work.tasks.push_back({architecture.weight_name(index, linear), weight, linear.input,
-                          at::zeros(weight.sizes(), at::kByte), layer.pattern});
-  }
+  work.tasks = tasks_of(architecture, block, index, layers);
   prune_and_refine(work, layers);
   gather_rows(work.tasks, method_->moves_weights() || options_.refit, run.group);
   for (size_t i = 0; i < layers.size(); ++i)
@@ -175,12 +247,15 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
   const model::Architecture architecture = model::read_architecture(checkpoint);
   const BlockFiles files(context, architecture, checkpoint);
-  const int64_t done = files.finished_blocks(run.group, architecture.blocks);
+  const std::optional<std::string> pooler = pooler_of(checkpoint, architecture);
+  const int64_t units = architecture.blocks + (pooler ? 1 : 0);
+  const int64_t done = files.finished_blocks(run.group, units);
+  method_->prepare(model_work(context, checkpoint, architecture, pooler, files));
   std::vector<BlockAllocation> allocation;
   if (options_.allocation.owl && done < architecture.blocks)
     allocation =
         allocate_by_owl(context, options_, architecture, checkpoint, files.state_file("owl.json"));
-  context.progress.start("blocks", architecture.blocks, done);
+  context.progress.start("blocks", units, done);
   std::optional<Calibration> calibration;
   if (needs().any() && done < architecture.blocks)
     calibration.emplace(run, options_, architecture, checkpoint, needs(),
@@ -201,14 +276,16 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
       throw Requeue(
           fmt::format("prune: stopped after block {} of {}", index + 1, architecture.blocks));
   }
+  if (pooler && done < units) prune_pooler(context, checkpoint, architecture, *pooler, files);
+  context.progress.advance(units);
   driver::StageResult result{files.model_directory(), {}};
-  if (run.group.is_root()) result.metrics = metrics(files, architecture.blocks);
+  if (run.group.is_root()) result.metrics = metrics(files, units);
   driver::write_derived(files.model_directory(), checkpoint, run.group);
   context.progress.finish();
   return result;
 }
 
-nlohmann::json PruneStage::metrics(const BlockFiles& files, int64_t blocks) const {
+nlohmann::json PruneStage::metrics(const BlockFiles& files, int64_t units) const {
   nlohmann::json metrics = {{"method", method_name_},
                             {"pattern", options_.layers.pattern.name()},
                             {"sparsity", options_.layers.pattern.sparsity},
@@ -217,8 +294,9 @@ nlohmann::json PruneStage::metrics(const BlockFiles& files, int64_t blocks) cons
                             {"refit", options_.refit},
                             {"samples", options_.samples},
                             {"sequence_length", options_.sequence_length},
-                            {"matrices", files.assemble_masks(blocks)}};
-  const std::vector<nlohmann::json> reports = files.reports(blocks);
+                            {"matrices", files.assemble_masks(units)}};
+  metrics.update(method_->facts());
+  const std::vector<nlohmann::json> reports = files.reports(units);
   double damping = 0;
   bool any = false;
   for (const nlohmann::json& report : reports) {

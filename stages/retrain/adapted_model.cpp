@@ -29,6 +29,19 @@ at::Tensor mask_of(const at::Tensor& weight) {
   return kept.all().item<bool>() ? at::Tensor() : kept.to(at::kByte);
 }
 
+/// Of each tensor of the head: float 1 where it is trained, undefined where it is all of it. A
+/// pooler that was pruned keeps its zeros.
+std::vector<at::Tensor> kept_of(const std::optional<model::SequenceHead>& head, Merge merge) {
+  if (!head) return {};
+  std::vector<at::Tensor> kept(head->tensors.size());
+  const model::HeadTensor& pooler = head->tensors.front();
+  const bool pools = head->pooling != model::SequenceHead::Pooling::last_token;
+  if (!pools || pooler.created || merge == Merge::dense) return kept;
+  const at::Tensor there = pooler.value.ne(0);
+  if (there.any().item<bool>() && !there.all().item<bool>()) kept.front() = there.to(at::kFloat);
+  return kept;
+}
+
 /// Next tokens and classes that do not count are negative, numbers NaN.
 int64_t counted_labels(const UnitBatch& batch) {
   const at::Tensor& labels = batch.labels;
@@ -62,6 +75,7 @@ AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
       sites_of_(architecture.blocks),
       head_(options.head),
       problem_(options.problem),
+      head_kept_(kept_of(options.head, options.attach.merge)),
       head_rate_factor_(options.head_rate_factor),
       without_terms_(options.without_terms),
       first_trained_(architecture.blocks) {
@@ -243,8 +257,12 @@ at::Tensor AdaptedModel::backward_sequence_head(const at::Tensor& hidden_states,
     parameters.push_back(first_head_parameter() + static_cast<int64_t>(h));
   for (const int64_t p : parameters) wanted.push_back(parameter_values_[p]);
   const std::vector<at::Tensor> gradients = grad({value}, wanted, {}, std::nullopt, false, true);
-  for (size_t i = 0; i < parameters.size(); ++i)
-    if (gradients[i + 1].defined()) sink(parameters[i], gradients[i + 1]);
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!gradients[i + 1].defined()) continue;
+    const int64_t of_head = parameters[i] - first_head_parameter();
+    const bool masked = of_head >= 0 && head_kept_[of_head].defined();
+    sink(parameters[i], masked ? gradients[i + 1] * head_kept_[of_head] : gradients[i + 1]);
+  }
   return gradients[0];
 }
 

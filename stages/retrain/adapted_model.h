@@ -126,6 +126,7 @@ class AdaptedModel {
   std::vector<int64_t> front_sites_, behind_sites_;  // before the first block, behind the last
   std::optional<model::SequenceHead> head_;
   model::Problem problem_;
+  std::vector<at::Tensor> head_kept_;
   double head_rate_factor_;
   bool without_terms_;
   std::vector<std::vector<int64_t>> parameters_of_;  // [block]

@@ -112,7 +112,8 @@ void StoredAdapter::require_base(const std::string& base_checksum, const std::st
       file_.string(), identity_.base_checksum, model, base_checksum));
 }
 
-bool StoredAdapter::copy_into(train::ParameterSet& parameters, const AdaptedModel& model) const {
+bool StoredAdapter::copy_into(train::ParameterSet& parameters, const AdaptedModel& model,
+                              bool with_head) const {
   const at::NoGradGuard no_grad;
   const auto& all = parameters.parameters();
   const int64_t first_head = model.first_head_parameter();
@@ -136,7 +137,7 @@ bool StoredAdapter::copy_into(train::ParameterSet& parameters, const AdaptedMode
                     "retrain.targets must be those it was trained with",
                     file_.string(), left.begin()->first));
   }
-  bool fits = first_head < static_cast<int64_t>(all.size());
+  bool fits = with_head && first_head < static_cast<int64_t>(all.size());
   for (size_t p = first_head; p < all.size(); ++p) {
     const auto found = head_.find(all[p].name);
     fits = fits && found != head_.end() && found->second.sizes() == all[p].value.sizes();

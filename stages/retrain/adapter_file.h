@@ -39,10 +39,11 @@ class StoredAdapter {
   /// Throws UserError with both checksums unless the base is this one.
   void require_base(const std::string& base_checksum, const std::string& model) const;
 
-  /// Puts the stored values in the place of those at the start. The head is taken when every tensor
-  /// of it fits, otherwise it starts anew; returns whether it was. Throws UserError naming the
-  /// parameter that is missing, left over or of another shape.
-  bool copy_into(train::ParameterSet& parameters, const AdaptedModel& model) const;
+  /// Puts the stored values in the place of those at the start. The head is taken when it is wanted
+  /// and every tensor of it fits, otherwise it starts as the model has it; returns whether it was
+  /// taken. Throws UserError naming the parameter that is missing, left over or of another shape.
+  bool copy_into(train::ParameterSet& parameters, const AdaptedModel& model,
+                 bool with_head = true) const;
 
  private:
   std::filesystem::path file_;

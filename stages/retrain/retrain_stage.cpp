@@ -23,7 +23,7 @@ namespace espalier::retrain {
 namespace {
 
 /// Changes with the meaning of the numbers a training keeps or leaves.
-constexpr const char* kNumericsVersion = "retrain 2";
+constexpr const char* kNumericsVersion = "retrain 3";
 /// Where the merged model is compared with the trained one.
 constexpr int64_t kComparedSequences = 4, kComparedTokens = 128;
 
@@ -317,9 +317,12 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
                      model_options(context, checkpoint, architecture, sets.train, start));
   const std::unique_ptr<train::ParameterSet> parameters = model.make_parameters(run.seed);
   if (start.stored) {
-    const bool with_head = start.stored->copy_into(*parameters, model);
-    context.progress.say(fmt::format("starts from {}{}", start.stored->file().string(),
-                                     model.head() && !with_head ? ", its head left out" : ""));
+    // The model's own head is the stored one, or what was pruned of it since.
+    const bool wanted = !options_.adapter_previous;
+    const bool with_head = start.stored->copy_into(*parameters, model, wanted);
+    context.progress.say(
+        fmt::format("starts from {}{}", start.stored->file().string(),
+                    model.head() && wanted && !with_head ? ", its head left out" : ""));
   }
   const int64_t head = model.head_size(), trainable = parameters->size() - head;
   context.progress.say(

@@ -8,6 +8,7 @@
 #include "stages/prune/alps.h"
 #include "stages/prune/dsnot.h"
 #include "stages/prune/matrix_pruning.h"
+#include "tests/unit/prune/judged_model.h"
 
 namespace espalier::prune {
 namespace {
@@ -155,6 +156,25 @@ TEST(Wanda, TheVariantIsTheSameBitsOnAnyNumberOfRanksAndWorkers) {
 }
 
 TEST(Alps, MaskAndWeightsAreTheSameBitsOnAnyNumberOfRanksAndWorkers) { expect_same_bits(alps); }
+
+TEST(Dsee, MasksAreTheSameBitsOnAnyNumberOfRanksAndWorkers) {
+  linalg::one_library_thread();
+  Workers one(1, linalg::one_library_thread), two(2, linalg::one_library_thread);
+  const Communicator world = Communicator::world(120), self = Communicator::self();
+  for (const Criterion criterion :
+       {Criterion::delta, Criterion::merged, Criterion::magnitude, Criterion::random}) {
+    const DseeRule rule{criterion, 0.45, 3, true};
+    const auto alone = pruned_model(rule, one, self);
+    for (const auto& other : {pruned_model(rule, two, self), pruned_model(rule, one, world),
+                              pruned_model(rule, two, world)})
+      for (size_t unit = 0; unit < alone.size(); ++unit)
+        for (size_t t = 0; t < alone[unit].tasks.size(); ++t) {
+          const MatrixTask &expected = alone[unit].tasks[t], &found = other[unit].tasks[t];
+          EXPECT_TRUE(expected.mask.equal(found.mask)) << expected.name;
+          EXPECT_TRUE(expected.weight.equal(found.weight)) << expected.name;
+        }
+  }
+}
 
 TEST(Dsnot, MaskAndRefittedWeightsAreTheSameBitsOnAnyNumberOfRanksAndWorkers) {
   expect_same_bits(refined_wanda);

@@ -89,5 +89,30 @@ TEST(Selection, TheCutTakesExactlyTheFirstKOfAStableSort) {
   }
 }
 
+TEST(StreamedSelection, CountsWhatEachPartHasAmongTheSmallestOfAllTiesToTheLowerPart) {
+  for (const double share : {0.0, 0.1, 0.5, 0.77, 1.0}) {
+    std::vector<Floats> parts;
+    for (int i = 0; i < 5; ++i)
+      parts.push_back(magnitudes("part" + std::to_string(i), i == 2 ? 0 : 5000 + 700 * i, i != 1));
+    for (float& value : parts[4]) value *= 2;
+    std::vector<std::pair<float, int>> all;
+    for (int i = 0; i < 5; ++i)
+      for (const float value : parts[i]) all.emplace_back(value, i);
+    std::sort(all.begin(), all.end());
+    std::vector<int64_t> expected(5);
+    const auto taken = static_cast<size_t>(std::floor(static_cast<double>(all.size()) * share));
+    for (size_t i = 0; i < taken; ++i) ++expected[all[i].second];
+
+    StreamedSelection selection(5, share);
+    for (int pass = 0; pass < StreamedSelection::kPasses; ++pass) {
+      for (int i = 4; i >= 0; --i)
+        for (const auto piece : cut_into(parts[i], 999)) selection.add(i, piece);
+      selection.finish_pass(comm::Communicator::self());
+    }
+    EXPECT_EQ(selection.counts(), expected) << share;
+    EXPECT_EQ(selection.values(), static_cast<int64_t>(all.size()));
+  }
+}
+
 }  // namespace
 }  // namespace espalier::linalg

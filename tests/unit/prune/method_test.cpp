@@ -65,6 +65,17 @@ TEST(Methods, AKeyThatTheMethodDoesNotReadIsRefusedByThoseThatDo) {
   expect_refused({"prune=wanda", "prune.method=alp"}, {"prune.method", "alps"});
 }
 
+TEST(Methods, DseeReadsItsCriterionAndRefusesWhatItsGlobalThresholdContradicts) {
+  for (const char* criterion : {"delta", "merged", "magnitude", "random", "null"})
+    EXPECT_FALSE(
+        read({"prune=dsee", std::string("prune.criterion=") + criterion}).method->needs().any());
+  expect_refused({"prune=dsee", "prune.criterion=largest"}, {"prune.criterion", "merged"});
+  expect_refused({"prune=dsee", "prune.pattern=2:4"}, {"prune.pattern", "2:4", "unstructured"});
+  expect_refused({"prune=dsee", "prune.allocation=owl"}, {"prune.allocation", "uniform"});
+  expect_refused({"prune=dsee", "prune.overrides=[{match: '*', sparsity: 0.3}]"},
+                 {"prune.overrides", "skip"});
+}
+
 TEST(Methods, PatternsThatTheyCannotFollowAreRefused) {
   expect_refused({"prune=sparsegpt", "prune.pattern=2:3"}, {"prune.block_size", "128", "3"});
   expect_refused({"prune=sparsegpt", "prune.overrides=[{match: q_proj, pattern: '2:3'}]"},
@@ -103,6 +114,20 @@ TEST(Overrides, TheFirstMatchWinsAndSkippedMatricesStayDense) {
   EXPECT_EQ(first[1].pattern.name(), "2:4");
   ASSERT_EQ(second.size(), 1u);
   EXPECT_EQ(second[0].linear->role, model::kDown);
+}
+
+TEST(Overrides, ALayerOutsideOfTheBlocksIsChosenByItsName) {
+  const std::string weight = "bert.pooler.dense.weight";
+  const auto choice = [](const std::string& key) {
+    return read({"prune=dsee", key}).options.layers;
+  };
+  EXPECT_TRUE(chooses(choice("prune.exclude=[dense]"), weight));  // "output.dense" of the blocks
+  EXPECT_FALSE(chooses(choice("prune.exclude=[pooler.dense]"), weight));
+  EXPECT_FALSE(chooses(choice("prune.overrides=[{match: '*pooler*', skip: true}]"), weight));
+  EXPECT_FALSE(chooses(choice("prune.include=[q_proj]"), weight));
+  EXPECT_TRUE(chooses(choice("prune.include=[bert.pooler.*]"), weight));
+  require_layers(choice("prune.exclude=[pooler.dense]"), two_blocks(), weight);
+  EXPECT_THROW(require_layers(choice("prune.exclude=[pooler.dense]"), two_blocks()), UserError);
 }
 
 TEST(Overrides, WhatMatchesNothingOrSaysNothingIsRefused) {
