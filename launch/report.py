@@ -215,15 +215,25 @@ def bytes_of(stage: Stage) -> str:
     return bytes_text(value) + (f" ({share_text(share)})" if share is not None and value is not None else "")
 
 
+def flops_text(stage: Stage) -> str:
+    """Of one sequence, by the first task: all stored weights, and those that are not 0 where that is less."""
+    for task in stage.tasks.values():
+        dense, nonzero = number(task.get("flops")), number(task.get("flops_of_nonzeros"))
+        if dense is not None:
+            fewer = nonzero is not None and nonzero < 0.999 * dense
+            return count_text(dense) + (f", {count_text(nonzero)} of nonzeros" if fewer else "")
+    return NOTHING
+
+
 def stage_table(run: Run) -> tuple[list[str], list[list[str]]]:
     tasks = task_metrics(run)
     titles = [metric if len(tasks) == 1 else f"{metric}: {task}" for task, metric in tasks]
-    header = ["", "stage", "what", *titles, "nonzeros", "bytes", "time", "peak memory", "sent"]
+    header = ["", "stage", "what", *titles, "nonzeros", "FLOPs", "bytes", "time", "peak memory", "sent"]
     rows = []
     for position, stage in enumerate(run.stages):
         measured = [metric_text(metric, number(mapping(stage.tasks.get(task)).get(metric))) for task, metric in tasks]
         rows.append([stage.position, stage.name + ("" if stage.finished else " (not finished)"), what_it_did(run, position),
-                     *measured, nonzeros_text(stage), bytes_of(stage), seconds_text(stage.seconds),
+                     *measured, nonzeros_text(stage), flops_text(stage), bytes_of(stage), seconds_text(stage.seconds),
                      bytes_text(stage.peak_bytes), bytes_text(stage.sent_bytes)])
     return header, rows
 

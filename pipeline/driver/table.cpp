@@ -30,9 +30,19 @@ std::string measured(const json& metrics) {
   return text;
 }
 
+/// Of one sequence, with the nonzero weights alone, by the first task: ", 1.25 GFLOP".
+std::string flops(const json& metrics) {
+  for (const auto& [name, task] : metrics.value("tasks", json::object()).items())
+    if (const double count = task.value("flops_of_nonzeros", 0.0); count > 0)
+      return fmt::format(", {:.3g} {}FLOP", count / (count < 1e12 ? 1e9 : 1e12),
+                         count < 1e12 ? "G" : "T");
+  return "";
+}
+
 std::string fact(const json& metrics) {
   if (metrics.contains("model"))
-    return fmt::format("{:.1f} M nonzeros", metrics["model"].value("nonzeros", 0.0) / 1e6);
+    return fmt::format("{:.1f} M nonzeros{}", metrics["model"].value("nonzeros", 0.0) / 1e6,
+                       flops(metrics));
   if (metrics.contains("pattern"))
     return metrics.value("method", "") + " " + metrics.value("pattern", "");
   if (metrics.contains("steps"))

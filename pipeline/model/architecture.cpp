@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <sstream>
 
 #include "pipeline/errors.h"
@@ -66,7 +67,8 @@ void require_ends(const Architecture& a, const io::Checkpoint& checkpoint) {
 void require_tensors(const Architecture& a, const io::Checkpoint& checkpoint) {
   require_ends(a, checkpoint);
   for (int64_t block = 0; block < a.blocks; ++block) {
-    for (const auto& linear : a.linears) {
+    for (const auto& of_all : a.linears) {
+      const Linear linear = a.in_block(block, of_all);
       require(checkpoint, stored_weight_name(a, block, linear), stored_weight_shape(linear));
       if (linear.bias)
         require(checkpoint, stored_bias_name(a, block, linear), {linear.out * linear.stored.parts});
@@ -77,7 +79,7 @@ void require_tensors(const Architecture& a, const io::Checkpoint& checkpoint) {
     require_names(checkpoint, a.query_norm, prefix, {a.head_size}, a.head_size);
     require_names(checkpoint, a.key_norm, prefix, {a.head_size}, a.head_size);
     if (!a.relative) continue;
-    const int64_t heads = a.heads * a.head_size;
+    const int64_t heads = a.heads_of(block).queries() * a.head_size;
     require_names(checkpoint, a.relative->key, prefix, {heads, a.hidden}, heads);
     require_names(checkpoint, a.relative->query, prefix, {heads, a.hidden}, heads);
   }
@@ -89,6 +91,23 @@ const Linear* Architecture::find(Role role) const {
   for (const auto& linear : linears)
     if (linear.role == role) return &linear;
   return nullptr;
+}
+
+BlockHeads Architecture::heads_of(int64_t block) const {
+  if (!kept_heads.empty()) return block_heads(kept_heads.at(block), heads, key_value_heads);
+  std::vector<int64_t> all(heads);
+  std::iota(all.begin(), all.end(), int64_t{0});
+  return block_heads(all, heads, key_value_heads);
+}
+
+Linear Architecture::in_block(int64_t block, const Linear& linear) const {
+  Linear sized = linear;
+  if (kept_heads.empty()) return sized;
+  const BlockHeads there = heads_of(block);
+  if (linear.role == kQuery) sized.out = there.queries() * head_size;
+  if (linear.role == kKey || linear.role == kValue) sized.out = there.key_values() * head_size;
+  if (linear.role == kOutput) sized.in = there.queries() * head_size;
+  return sized;
 }
 
 std::string Architecture::tensor_name(int64_t block, const std::string& relative) const {
@@ -129,6 +148,7 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   if (!checkpoint.has(architecture.head) && checkpoint.has("score.weight"))
     architecture.head = architecture.head_bias = "";
   if (architecture.embedding_size == 0) architecture.embedding_size = architecture.hidden;
+  architecture.kept_heads = read_kept_heads(checkpoint, architecture.blocks, architecture.heads);
   require_tensors(architecture, checkpoint);
   return architecture;
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "pipeline/io/checkpoint.h"
+#include "pipeline/model/heads.h"
 
 namespace espalier::model {
 
@@ -76,6 +77,7 @@ struct Architecture {
   std::string model_type;
   Task task = Task::causal;
   int64_t hidden = 0, blocks = 0, heads = 0, key_value_heads = 0, head_size = 0, intermediate = 0;
+  KeptHeads kept_heads;  ///< where heads were removed: see heads_of() and in_block()
   int64_t vocabulary = 0;
   int64_t max_positions = 0;   ///< the longest sequence
   int64_t embedding_size = 0;  ///< of a token; `hidden` unless there is project_in
@@ -92,9 +94,11 @@ struct Architecture {
   int64_t position_offset = 0;            ///< rows of position_embedding before position 0
   std::optional<int64_t> padding_token;   ///< learned positions count the other tokens (roberta)
   bool tied_head = false;
+  bool states_head_size = false;  ///< config.json's head_dim may differ from hidden / heads
 
-  std::string block_prefix;     ///< "model.layers." ; block b's tensors start with prefix + b + "."
-  std::vector<Linear> linears;  ///< of every block, in the order of Role
+  std::string block_prefix;  ///< "model.layers." ; block b's tensors start with prefix + b + "."
+  /// Of every block, in the order of Role, with the sizes of a block that has all heads.
+  std::vector<Linear> linears;
   Names attention_norm, feed_forward_norm;  ///< relative to the block; a parallel one may have one
   Names query_norm, key_norm;               ///< of each head's queries and keys, [head_size]
   std::string token_embedding, position_embedding, type_embedding;
@@ -106,6 +110,9 @@ struct Architecture {
 
   bool gated() const { return linears.size() == kRoles; }
   const Linear* find(Role role) const;
+  /// The layer with its sizes in `block`: without the rows and columns of heads that are gone.
+  Linear in_block(int64_t block, const Linear& linear) const;
+  BlockHeads heads_of(int64_t block) const;
   std::string tensor_name(int64_t block, const std::string& relative) const;
   /// What masks and adapters call the layer's weight and bias; in the checkpoint they may be parts
   /// of other tensors: "transformer.h.0.attn.c_attn.q.weight" (stored_layers.h).
@@ -116,9 +123,9 @@ struct Architecture {
 /// Whether the root's config.json names a family that is registered. Never throws for other models.
 bool knows_architecture(const io::Checkpoint& checkpoint);
 
-/// Reads config.json by its model_type and checks that the checkpoint holds every tensor the
-/// architecture names, in its shape. Throws UserError naming directory, tensor and both shapes, or
-/// the architectures there are.
+/// Reads config.json by its model_type, and heads.json where the chain has one, and checks that the
+/// checkpoint holds every tensor the architecture names, in its shape. Throws UserError naming
+/// directory, tensor and both shapes, or the architectures there are.
 Architecture read_architecture(const io::Checkpoint& checkpoint);
 
 /// Throws UserError naming `key` when the model has fewer learned positions than `length`; computed

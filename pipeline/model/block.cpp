@@ -158,6 +158,16 @@ at::Tensor norm_heads(const Architecture& a, const NormWeights& norm, const at::
   return apply_norm(a, norm, x.view({-1, a.head_size})).view(x.sizes());
 }
 
+/// Keys or values [tokens, key_value_heads * size] with a head to each query head, where what is
+/// left of the query heads does not share them evenly.
+at::Tensor for_each_query_head(const Architecture& a, const BlockWeights& block,
+                               const at::Tensor& x) {
+  if (!block.key_value_of.defined()) return x;
+  return x.view({x.size(0), block.key_value_heads, a.head_size})
+      .index_select(1, block.key_value_of)
+      .flatten(1);
+}
+
 /// DeBERTa's: the embeddings of distances pass through q's and k's layers too, or through their
 /// own.
 at::Tensor relative_attention(const Architecture& a, const BlockWeights& block, const at::Tensor& q,
@@ -172,7 +182,7 @@ at::Tensor relative_attention(const Architecture& a, const BlockWeights& block, 
   if (a.relative->content_to_position) position_key = project(block.relative_key, kKey);
   if (a.relative->position_to_content) position_query = project(block.relative_query, kQuery);
   return disentangled_attention(q, k, v, position_key, position_query, *a.relative, unit.sequences,
-                                a.heads, unit.visible);
+                                block.heads, unit.visible);
 }
 
 at::Tensor self_attention(const Architecture& a, const BlockWeights& block, const at::Tensor& x,
@@ -181,11 +191,13 @@ at::Tensor self_attention(const Architecture& a, const BlockWeights& block, cons
   const auto apply = [&](Role role, const at::Tensor& input) {
     return apply_linear(a, block, role, input, linear);
   };
-  const AttentionShape shape{a.heads,          a.key_value_heads,
+  const bool even = !block.key_value_of.defined();
+  const AttentionShape shape{block.heads,      even ? block.key_value_heads : block.heads,
                              a.head_size,      a.task == Task::causal,
                              a.sliding_window, a.rotary ? a.rotary->rotated : 0};
   const at::Tensor q = norm_heads(a, block.query_norm, apply(kQuery, x));
-  const at::Tensor k = norm_heads(a, block.key_norm, apply(kKey, x)), v = apply(kValue, x);
+  const at::Tensor k = for_each_query_head(a, block, norm_heads(a, block.key_norm, apply(kKey, x)));
+  const at::Tensor v = for_each_query_head(a, block, apply(kValue, x));
   if (a.relative) return apply(kOutput, relative_attention(a, block, q, k, v, unit, linear));
   return apply(kOutput,
                attention(q, k, v, rotary.cosine, rotary.sine, unit.sequences, shape, unit.visible));
@@ -227,7 +239,13 @@ BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& a,
   block.weight.resize(kRoles);
   block.bias.resize(kRoles);
   block.added.resize(kRoles);
-  for (const auto& linear : a.linears) {
+  const BlockHeads heads = a.heads_of(index);
+  block.heads = heads.queries();
+  block.key_value_heads = heads.key_values();
+  if (!heads.shared_evenly())
+    block.key_value_of = at::tensor(heads.key_value_of, at::kLong).to(device);
+  for (const auto& of_all : a.linears) {
+    const Linear linear = a.in_block(index, of_all);
     block.weight[linear.role] =
         load_layer(checkpoint, a, linear, stored_weight_name(a, index, linear), dtype, device);
     if (linear.bias)

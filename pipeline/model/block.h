@@ -26,6 +26,9 @@ struct BlockWeights {
   /// block), and the projections of their own, where the contents' do not serve.
   at::Tensor relative_positions;
   NormWeights relative_key, relative_query;  ///< weight [heads * size, hidden] and bias
+  int64_t heads = 0, key_value_heads = 0;    ///< that the block has
+  /// int64 [heads]: the key/value head of each query head, where they are not shared evenly.
+  at::Tensor key_value_of = {};
   /// [kRoles], prepared: what an adapter left beside a matrix. Added behind the hook, whatever it
   /// does.
   std::vector<std::optional<AddedTerms>> added = {};

@@ -82,6 +82,7 @@ Architecture read_gated_decoder(const ConfigReader& config, const std::string& a
   a.blocks = config.integer("num_hidden_layers", 1, 100000);
   a.heads = config.integer("num_attention_heads", 1, kSizeLimit);
   a.key_value_heads = config.integer_or("num_key_value_heads", a.heads, 1, kSizeLimit);
+  a.states_head_size = true;
   a.head_size =
       config.integer_or("head_dim", head_size > 0 ? head_size : a.hidden / a.heads, 1, kSizeLimit);
   a.intermediate = config.integer("intermediate_size", 1, kSizeLimit);

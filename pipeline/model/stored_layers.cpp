@@ -37,13 +37,25 @@ bool plain(const Stored& stored) { return stored.parts == 1 && !stored.transpose
 at::Tensor rows_of_part(const Architecture& a, const Linear& linear, const at::Tensor& outputs) {
   const Stored& s = linear.stored;
   if (!s.by_head) return outputs.narrow(0, s.part * linear.out, linear.out);
-  std::vector<int64_t> by_head{a.heads, s.parts, linear.out / a.heads};
+  std::vector<int64_t> by_head{linear.out / a.head_size, s.parts, a.head_size};
   if (outputs.dim() == 2) by_head.push_back(linear.in);
   return outputs.view(by_head).select(1, s.part);  // [heads, size, in] or [heads, size]
 }
 
 at::Tensor with_outputs_as_rows(const Linear& linear, const at::Tensor& stored) {
   return linear.stored.transposed && stored.dim() == 2 ? stored.t() : stored;
+}
+
+/// What the parts of one tensor are put into: the base's values, where they are of this size.
+at::Tensor joined_start(const io::Checkpoint& base, const std::string& stored, const Linear& linear,
+                        const at::Tensor& part) {
+  const std::vector<int64_t> shape =
+      part.dim() == 1 ? std::vector{linear.out * linear.stored.parts} : stored_weight_shape(linear);
+  if (base.info(stored).shape != shape) return at::zeros(shape, part.options());
+  const at::Tensor start =
+      base.view(stored).to(part.scalar_type(), false, /*copy=*/true, at::MemoryFormat::Contiguous);
+  base.drop(stored);
+  return start;
 }
 
 std::string stored_name(const Linear& linear) {
@@ -83,7 +95,7 @@ NamedTensors stored_tensors(const Architecture& a, const io::Checkpoint& base,
       tensors.emplace_back(name, tensor);
       continue;
     }
-    const Linear& linear = *place->linear;
+    const Linear linear = a.in_block(place->block, *place->linear);
     const std::string stored = place->bias ? stored_bias_name(a, place->block, linear)
                                            : stored_weight_name(a, place->block, linear);
     if (linear.stored.parts == 1) {
@@ -91,11 +103,7 @@ NamedTensors stored_tensors(const Architecture& a, const io::Checkpoint& base,
       continue;
     }
     const auto [found, first] = joined.try_emplace(stored, tensors.size());
-    if (first) {
-      tensors.emplace_back(stored, base.view(stored).to(tensor.scalar_type(), false, /*copy=*/true,
-                                                        at::MemoryFormat::Contiguous));
-      base.drop(stored);
-    }
+    if (first) tensors.emplace_back(stored, joined_start(base, stored, linear, tensor));
     at::Tensor rows =
         rows_of_part(a, linear, with_outputs_as_rows(linear, tensors[found->second].second));
     rows.copy_(tensor.reshape(rows.sizes()));

@@ -15,14 +15,15 @@
 
 namespace espalier::model {
 
-/// The checkpoint's tensors that hold the layer, and the weight's shape there.
+/// The checkpoint's tensors that hold the layer, and the weight's shape there (`linear` as
+/// Architecture::in_block gives it).
 std::string stored_weight_name(const Architecture& architecture, int64_t block,
                                const Linear& linear);
 std::string stored_bias_name(const Architecture& architecture, int64_t block, const Linear& linear);
 std::vector<int64_t> stored_weight_shape(const Linear& linear);
 
 /// The layer's weight [out, in] or bias [out] out of the stored tensor; a view where strides can
-/// say it, and the tensor itself where the layer is stored plainly.
+/// say it, and the tensor itself where the layer is stored plainly. `linear`: as in_block gives it.
 at::Tensor layer_part(const Architecture& architecture, const Linear& linear,
                       const at::Tensor& stored);
 
@@ -31,7 +32,8 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 /// Tensors by their layers' names, as the checkpoint stores them: what is kept plainly (and every
 /// name that is no layer's) passes as it is; what is kept transposed is turned; parts of one tensor
 /// are joined, and the parts that are not among `layers` keep `base`'s values, in the type of the
-/// given ones. The order is that of the first part of each. Costs a copy of the joined tensors.
+/// given ones (all are given where `base` has another number of heads). The order is that of the
+/// first part of each. Costs a copy of the joined tensors.
 NamedTensors stored_tensors(const Architecture& architecture, const io::Checkpoint& base,
                             const NamedTensors& layers);
 

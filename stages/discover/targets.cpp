@@ -33,9 +33,10 @@ std::vector<TargetMatrix> target_matrices(const model::Architecture& architectur
         if (!matches(globs[i], architecture, block, layer)) continue;
         wanted = used[i] = true;
       }
-      if (wanted)
-        targets.push_back(
-            {architecture.weight_name(block, layer), layer.out, layer.in, block, layer});
+      if (!wanted) continue;
+      const model::Linear sized = architecture.in_block(block, layer);
+      targets.push_back(
+          {architecture.weight_name(block, layer), sized.out, sized.in, block, sized});
     }
   const auto unused = std::find(used.begin(), used.end(), false);
   if (unused == used.end()) return targets;

@@ -45,7 +45,8 @@ class Classification : public Measurement {
   }
 
   nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
-                         const model::Architecture& architecture) const override {
+                         const model::Architecture& architecture,
+                         const model::TensorCounts& counts) const override {
     const data::TokenSet set = open(architecture, context.input_model);
     const int64_t columns = labels_of(set);
     const model::SequenceHead head =
@@ -70,6 +71,15 @@ class Classification : public Measurement {
                           {"head", head.created() ? "drawn" : "model"},
                           {"data_checksum", set.checksum()}};
     if (length_) row["sequence_length"] = *length_;
+    model::TensorCount matrices;
+    for (const model::HeadTensor& tensor : head.tensors) {
+      if (tensor.value.dim() < 2) continue;
+      matrices.elements += tensor.value.numel();
+      matrices.nonzeros += tensor.value.ne(0).sum().item<int64_t>();
+    }
+    std::vector<ScoredSequence> sequences;
+    for (int64_t d = 0; d < set.documents(); ++d) sequences.push_back({set.document_tokens(d), 1});
+    add_flops(row, {architecture, counts, matrices}, sequences);
     std::string said;
     for (const auto& [metric, value] : metrics) {
       row[metric] = value;

@@ -20,20 +20,30 @@ std::vector<std::unique_ptr<Measurement>> read_tasks(const config::Section& sect
   return tasks;
 }
 
-/// Nonzeros, parameters and bytes; tensors are spread over ranks.
-nlohmann::json count_model(const io::Checkpoint& checkpoint, const comm::Communicator& group) {
+/// Of every tensor; they are spread over ranks.
+model::TensorCounts count_tensors(const io::Checkpoint& checkpoint,
+                                  const comm::Communicator& group) {
   c10::InferenceMode guard;
-  std::vector<int64_t> counts(2);
-  int64_t number = 0;
-  for (const auto& name : checkpoint.names()) {
-    if (number++ % group.size() != group.rank()) continue;
-    const at::Tensor tensor = checkpoint.view(name);
-    counts[0] += at::count_nonzero(tensor).item<int64_t>();
-    counts[1] += tensor.numel();
-    checkpoint.drop(name);
+  const std::vector<std::string> names = checkpoint.names();
+  std::vector<int64_t> nonzeros(names.size());
+  for (size_t i = group.rank(); i < names.size(); i += group.size()) {
+    nonzeros[i] = at::count_nonzero(checkpoint.view(names[i])).item<int64_t>();
+    checkpoint.drop(names[i]);
   }
-  group.all_reduce_sum(counts);
-  return {{"nonzeros", counts[0]}, {"parameters", counts[1]}, {"bytes", checkpoint.bytes()}};
+  group.all_reduce_sum(nonzeros);
+  model::TensorCounts counts;
+  for (size_t i = 0; i < names.size(); ++i)
+    counts[names[i]] = {checkpoint.info(names[i]).elements(), nonzeros[i]};
+  return counts;
+}
+
+nlohmann::json sums_of(const model::TensorCounts& counts, const io::Checkpoint& checkpoint) {
+  model::TensorCount sum;
+  for (const auto& [name, count] : counts) {
+    sum.elements += count.elements;
+    sum.nonzeros += count.nonzeros;
+  }
+  return {{"nonzeros", sum.nonzeros}, {"parameters", sum.elements}, {"bytes", checkpoint.bytes()}};
 }
 
 class EvaluateStage : public driver::Stage {
@@ -56,10 +66,11 @@ class EvaluateStage : public driver::Stage {
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
     const model::Architecture architecture = model::read_architecture(checkpoint);
+    const model::TensorCounts counts = count_tensors(checkpoint, context.run.group);
     nlohmann::json metrics = {{"tasks", nlohmann::json::object()},
-                              {"model", count_model(checkpoint, context.run.group)}};
+                              {"model", sums_of(counts, checkpoint)}};
     for (const auto& task : tasks_) {
-      nlohmann::json row = task->measure(context, checkpoint, architecture);
+      nlohmann::json row = task->measure(context, checkpoint, architecture, counts);
       row["dtype"] = context.run.dtype == at::kFloat ? "float32" : "bfloat16";
       row["seed"] = context.run.seed;
       row["data"] = task->file.filename().string();

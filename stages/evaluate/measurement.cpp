@@ -42,6 +42,27 @@ void require_language_model(const model::Architecture& architecture,
         architecture.task == model::Task::causal ? " without an output embedding" : ""));
 }
 
+void add_flops(nlohmann::json& row, const model::InferenceFlops& flops,
+               const std::vector<ScoredSequence>& sequences) {
+  double dense = 0, nonzero = 0, tokens = 0;  // in the order of the sequences
+  for (const ScoredSequence& sequence : sequences) {
+    const model::Flops one = flops.of(sequence.length, sequence.scored);
+    dense += one.dense;
+    nonzero += one.nonzero;
+    tokens += static_cast<double>(sequence.length);
+  }
+  const auto count = static_cast<double>(sequences.size());
+  row["flops"] = dense / count;
+  row["flops_of_nonzeros"] = nonzero / count;
+  row["mean_length"] = tokens / count;
+}
+
+model::TensorCount output_embedding(const model::Architecture& architecture,
+                                    const model::TensorCounts& counts) {
+  const auto found = counts.find(architecture.head);
+  return found == counts.end() ? model::TensorCount() : found->second;
+}
+
 void refuse_key(const config::Section& section, const std::string& key, const std::string& reader) {
   if (section.optional_integer(key).value_or(0) != 0)
     section.fail(key, fmt::format("is read by {} only; leave it out here", reader));

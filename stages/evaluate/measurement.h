@@ -7,11 +7,13 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "pipeline/config/section.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/model/architecture.h"
+#include "pipeline/model/inference_flops.h"
 
 namespace espalier::evaluate {
 
@@ -21,9 +23,11 @@ class Measurement {
   /// What can be refused before any work, against the model the run starts from. Throws UserError.
   virtual void check(const driver::RunContext& run, const model::Architecture& architecture,
                      const std::filesystem::path& start_model) const = 0;
-  /// The task's row of metrics ("kind", the figures, what they were taken of). Collective.
+  /// The task's row of metrics ("kind", the figures, what they were taken of, add_flops).
+  /// `counts`: of the checkpoint's tensors. Collective.
   virtual nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
-                                 const model::Architecture& architecture) const = 0;
+                                 const model::Architecture& architecture,
+                                 const model::TensorCounts& counts) const = 0;
 
   std::string name;            ///< the key under evaluate.tasks
   std::filesystem::path file;  ///< the data set it reads
@@ -44,6 +48,18 @@ std::unique_ptr<Measurement> make_measurement(const std::string& name,
 /// Throws UserError unless the model predicts tokens from those before them.
 void require_language_model(const model::Architecture& architecture,
                             const std::filesystem::path& directory, const std::string& kind);
+
+/// A sequence that is scored: its tokens without padding, and how many rows the head is applied to.
+struct ScoredSequence {
+  int64_t length = 0, scored = 1;
+};
+/// Adds to a task's row, as means over its sequences: "flops" of one (inference_flops.h),
+/// "flops_of_nonzeros", and "mean_length".
+void add_flops(nlohmann::json& row, const model::InferenceFlops& flops,
+               const std::vector<ScoredSequence>& sequences);
+/// The output embedding of a language model.
+model::TensorCount output_embedding(const model::Architecture& architecture,
+                                    const model::TensorCounts& counts);
 
 /// Refuses a key that another kind reads, unless it is left as it stands in the files: null or 0.
 void refuse_key(const config::Section& section, const std::string& key, const std::string& reader);

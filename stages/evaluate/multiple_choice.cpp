@@ -44,7 +44,8 @@ class MultipleChoice : public Measurement {
   }
 
   nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
-                         const model::Architecture& architecture) const override {
+                         const model::Architecture& architecture,
+                         const model::TensorCounts& counts) const override {
     const data::TokenSet set = open(architecture, context.input_model);
     const std::vector<Row> rows = rows_of(set);
     const std::vector<double> likelihoods = score(context, checkpoint, architecture, set, rows);
@@ -80,6 +81,9 @@ class MultipleChoice : public Measurement {
         {"shots", set.shots()},
         {"sequence_length", length_},
         {"data_checksum", set.checksum()}};
+    std::vector<ScoredSequence> sequences;
+    for (const Row& row : rows) sequences.push_back({row.length - 1, row.scored});
+    add_flops(result, {architecture, counts, output_embedding(architecture, counts)}, sequences);
     if (answers_)
       result["answers"] = write_answers(context, name, questions, [&](int64_t q) {
         const auto first = likelihoods.begin() + set.first_choice(q);

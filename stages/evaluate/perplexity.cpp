@@ -44,7 +44,8 @@ class Perplexity : public Measurement {
   }
 
   nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
-                         const model::Architecture& architecture) const override {
+                         const model::Architecture& architecture,
+                         const model::TensorCounts& counts) const override {
     const data::TokenSet set = data::TokenSet::open(file);
     set.require_vocabulary(architecture.vocabulary, context.input_model.string());
     const int64_t segments = segments_of(set);
@@ -71,10 +72,14 @@ class Perplexity : public Measurement {
     context.progress.say(fmt::format("{}: perplexity {:.3f} ({} segments of {})", name, perplexity,
                                      segments, length_));
     context.progress.metric({{"task", name}, {"perplexity", perplexity}});
-    return {{"kind", "perplexity"},       {"reported", nlohmann::json::array({"perplexity"})},
-            {"perplexity", perplexity},   {"mean_loss", mean_loss},
-            {"tokens", tokens},           {"segments", segments},
-            {"sequence_length", length_}, {"data_checksum", set.checksum()}};
+    nlohmann::json row = {
+        {"kind", "perplexity"},       {"reported", nlohmann::json::array({"perplexity"})},
+        {"perplexity", perplexity},   {"mean_loss", mean_loss},
+        {"tokens", tokens},           {"segments", segments},
+        {"sequence_length", length_}, {"data_checksum", set.checksum()}};
+    add_flops(row, {architecture, counts, output_embedding(architecture, counts)},
+              {ScoredSequence{length_, length_ - 1}});
+    return row;
   }
 
  private:

@@ -10,6 +10,7 @@
 #include "pipeline/io/json.h"
 #include "pipeline/model/added_terms.h"
 #include "pipeline/model/sequence_head.h"
+#include "stages/export/heads.h"
 #include "stages/export/terms.h"
 
 namespace espalier::exporting {
@@ -17,15 +18,18 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// A head that a stage gave to the model stands in config.json too, so that `transformers` loads
-/// the class that has it.
-void write_head_config(const io::Checkpoint& checkpoint, const fs::path& directory) {
+/// A classification head that a stage gave to the model stands in config.json too, so that
+/// `transformers` loads the class that has it; and `more`.
+void write_config_keys(const io::Checkpoint& checkpoint, const fs::path& directory,
+                       const nlohmann::json& more) {
   if (!model::knows_architecture(checkpoint)) return;
-  const auto keys = model::config_of_head(checkpoint, model::read_architecture(checkpoint));
-  if (!keys) return;
+  nlohmann::json keys = more;
+  if (const auto of_head = model::config_of_head(checkpoint, model::read_architecture(checkpoint)))
+    keys.update(*of_head);
+  if (keys.empty()) return;
   const fs::path file = directory / "config.json";
   nlohmann::json config = io::parse_json(io::read_file(file), file.string());
-  config.update(*keys);
+  config.update(keys);
   io::write_file(file, config.dump(2) + "\n");
 }
 
@@ -52,7 +56,9 @@ class ExportStage : public driver::Stage {
     const comm::Communicator& group = context.run.group;
     const fs::path target = directory_ ? fs::path(*directory_) : context.directory / "model";
     driver::StageResult result{target, {}};
-    const io::Checkpoint model = io::Checkpoint::open(context.input_model);
+    const HeadsExport heads = export_heads(context, io::Checkpoint::open(context.input_model));
+    const io::Checkpoint& model = heads.model;
+    if (!heads.sentence.empty()) context.progress.say(heads.sentence);
     const io::Checkpoint checkpoint = model.without(model::is_term);
     const int64_t shards = io::DenseExport(checkpoint, target, context.run.dtype).shards();
     context.progress.start("shards", shards);
@@ -67,7 +73,8 @@ class ExportStage : public driver::Stage {
     if (!terms.sentence.empty()) context.progress.say(terms.sentence);
     if (directory_) result.files_elsewhere = files;
     if (group.is_root()) {
-      write_head_config(checkpoint, target);
+      fs::remove(target / model::kHeadsFile);  // an earlier decoding's
+      write_config_keys(checkpoint, target, heads.config_keys);
       int64_t bytes = 0;
       for (const auto& name : files) bytes += static_cast<int64_t>(fs::file_size(target / name));
       result.metrics = {{"directory", target.string()}, {"bytes", bytes}, {"files", files.size()}};

@@ -88,11 +88,20 @@ using Sums = std::array<std::optional<InputSum>, model::kInputs>;
 
 std::array<bool, model::kInputs> inputs_of(const std::vector<PlannedLayer>& layers) {
   std::array<bool, model::kInputs> wanted{};
-  for (const PlannedLayer& layer : layers) wanted[layer.linear->input] = true;
+  for (const PlannedLayer& layer : layers) wanted[layer.linear.input] = true;
   return wanted;
 }
 
-std::array<int64_t, model::kInputs> input_sizes(const model::Architecture& architecture) {
+std::array<int64_t, model::kInputs> input_sizes(const model::Architecture& architecture,
+                                                int64_t block) {
+  std::array<int64_t, model::kInputs> sizes{};
+  for (const auto& linear : architecture.linears)
+    sizes[linear.input] = architecture.in_block(block, linear).in;
+  return sizes;
+}
+
+/// Of a block that has all heads.
+std::array<int64_t, model::kInputs> widest_inputs(const model::Architecture& architecture) {
   std::array<int64_t, model::kInputs> sizes{};
   for (const auto& linear : architecture.linears) sizes[linear.input] = linear.in;
   return sizes;
@@ -201,7 +210,7 @@ MemoryNeed Calibration::memory_need() const {
   const int64_t workers = run_.workers->count();
   int64_t weights = 0, statistics = 0;
   for (const auto& linear : architecture_.linears) weights += linear.in * linear.out;
-  for (const int64_t n : input_sizes(architecture_))
+  for (const int64_t n : widest_inputs(architecture_))
     statistics += 8 * n * (vectors_of(needs_) + (needs_.gram ? n : 0));
   const auto element = static_cast<int64_t>(c10::elementSize(run_.dtype));
   return {owned() * unit_bytes(), kProgram + weights * (element + needs_.bytes_per_weight) +
@@ -224,7 +233,7 @@ struct Calibration::Collector {
   int64_t block_index;
   Needs needs;
   std::array<bool, model::kInputs> wanted;
-  std::array<int64_t, model::kInputs> sizes = input_sizes(calibration.architecture_);
+  std::array<int64_t, model::kInputs> sizes = input_sizes(calibration.architecture_, block_index);
   std::vector<Sums> sums = std::vector<Sums>(calibration.run_.workers->count());
 
   UnitStatistics run_unit(int64_t owned_unit, const at::Tensor& counted) const {

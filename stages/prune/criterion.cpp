@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <numeric>
+
 #include "pipeline/errors.h"
 #include "pipeline/linalg/product.h"
 #include "pipeline/random.h"
@@ -57,6 +60,42 @@ at::Tensor judged_rows(Criterion criterion, const std::string& name, const at::T
         "lower retrain.learning_rate",
         name));
   return judged;
+}
+
+std::vector<double> judged_heads(Criterion criterion, const Judged& q, const Judged& v,
+                                 const model::BlockHeads& heads, int64_t head_size, uint64_t seed) {
+  const bool of_change = criterion == Criterion::delta || criterion == Criterion::merged;
+  if (of_change && !changes_matrix(q.terms) && !changes_matrix(v.terms))
+    throw UserError(fmt::format(
+        "prune.criterion: heads are judged by what stands beside q and v, and nothing stands "
+        "beside "
+        "{} or {}: put a retrain stage with merge: beside before this one, with both among its "
+        "targets, or take magnitude or random",
+        q.name, v.name));
+  std::vector<double> scores;
+  const CounterRandom random(seed, "prune.dsee.heads", stream_of(q.name));
+  const auto sum = [&](const Judged& matrix, int64_t head) {
+    return judged_rows(criterion, matrix.name, matrix.weight, matrix.terms, seed, head * head_size,
+                       head_size)
+        .to(at::kDouble)
+        .sum()
+        .item<double>();
+  };
+  for (int64_t head = 0; head < heads.queries(); ++head)
+    scores.push_back(criterion == Criterion::random
+                         ? random.uniform(static_cast<uint64_t>(heads.query[head]))
+                         : sum(q, head) + sum(v, heads.key_value_of[head]));
+  return scores;
+}
+
+std::vector<int64_t> lowest(const std::vector<double>& scores, int64_t count) {
+  std::vector<int64_t> order(scores.size());
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return scores[a] < scores[b]; });
+  order.resize(count);
+  std::sort(order.begin(), order.end());
+  return order;
 }
 
 }  // namespace espalier::prune

@@ -32,8 +32,8 @@ double ratio_of_block(driver::StageContext& context, const Options& options,
       block, index, layers, [&](const std::string& line) { context.progress.say(line); });
   std::vector<NormedMatrix> matrices;
   for (const PlannedLayer& layer : layers)
-    matrices.push_back({block.weight[layer.linear->role].to(at::kFloat).contiguous(),
-                        &statistics[layer.linear->input].norms});
+    matrices.push_back({block.weight[layer.linear.role].to(at::kFloat).contiguous(),
+                        &statistics[layer.linear.input].norms});
   return outlier_ratio(matrices, options.allocation.outlier_factor, *context.run.workers);
 }
 
@@ -95,7 +95,7 @@ std::vector<BlockAllocation> allocate_by_owl(driver::StageContext& context, cons
   std::vector<int64_t> parameters(ratios.size());
   for (int64_t index = 0; index < architecture.blocks; ++index)
     for (const PlannedLayer& layer : allocated_layers(options, architecture, index))
-      parameters[index] += layer.linear->out * layer.linear->in;
+      parameters[index] += layer.linear.out * layer.linear.in;
   const std::vector<double> sparsities =
       owl_sparsities(ratios, parameters, options.layers.pattern.sparsity, options.allocation.span);
   std::vector<BlockAllocation> blocks;

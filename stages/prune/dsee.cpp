@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "pipeline/linalg/selection.h"
+#include "stages/prune/kernels.h"
 #include "stages/prune/projection.h"
 #include "stages/prune/tile_access.h"
 

@@ -1,5 +1,6 @@
-/// prune.method=dsee, unstructured: masks by global thresholds (dsee.h).
+/// prune.method=dsee: masks by global thresholds (dsee.h), or the scores of heads (criterion.h).
 
+#include <ATen/ATen.h>
 #include <fmt/format.h>
 
 #include <map>
@@ -9,6 +10,7 @@
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/json.h"
 #include "pipeline/linalg/selection.h"
+#include "pipeline/model/stored_layers.h"
 #include "stages/prune/dsee.h"
 #include "stages/prune/method.h"
 
@@ -70,10 +72,13 @@ class Dsee : public PruningMethod {
     prune_dsee(work.tasks, terms_of(work.tasks), losses_.count.at(work.block), rule_,
                work.workers(), work.group());
   }
+  std::vector<double> head_scores(const HeadWork& work) const override;
   json facts() const override {
-    return {{"criterion", name_},
-            {"with_terms", group_json(losses_.with_terms)},
-            {"without_terms", group_json(losses_.without_terms)}};
+    json facts = {{"criterion", name_}};
+    if (losses_.count.empty()) return facts;  // of heads
+    facts["with_terms"] = group_json(losses_.with_terms);
+    facts["without_terms"] = group_json(losses_.without_terms);
+    return facts;
   }
 
  private:
@@ -137,6 +142,23 @@ void Dsee::prepare(const ModelWork& work) {
                         {"with_terms", group_json(losses_.with_terms)},
                         {"without_terms", group_json(losses_.without_terms)}};
   if (group.is_root()) io::write_file(work.journal, content.dump());
+}
+
+std::vector<double> Dsee::head_scores(const HeadWork& work) const {
+  const model::Architecture& a = work.architecture;
+  const auto judged = [&](model::Role role) {
+    const model::Linear linear = a.in_block(work.block, *a.find(role));
+    const std::string name = a.weight_name(work.block, linear);
+    const std::string stored = model::stored_weight_name(a, work.block, linear);
+    Judged matrix{name,
+                  model::layer_part(a, linear, work.checkpoint.view(stored))
+                      .to(at::kFloat, false, /*copy=*/true, at::MemoryFormat::Contiguous),
+                  model::load_terms(work.checkpoint, name, linear.out, linear.in)};
+    work.checkpoint.drop(stored);
+    return matrix;
+  };
+  return judged_heads(rule_.criterion, judged(model::kQuery), judged(model::kValue),
+                      a.heads_of(work.block), a.head_size, work.seed);
 }
 
 const MethodRegistration registration{

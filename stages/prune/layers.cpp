@@ -29,9 +29,32 @@ Pattern read_pattern(const config::Section& section) {
   return pattern;
 }
 
+Pattern read_pattern_or_heads(const config::Section& section) {
+  const auto heads = section.optional_integer("heads", {.low = 1, .high = 1e6});
+  if (section.text_or("pattern", "") != "heads") {
+    if (heads)
+      section.fail("heads",
+                   "is the number of heads that a block loses by pattern heads; set it to "
+                   "null, or pattern to heads");
+    return read_pattern(section);
+  }
+  if (!heads) section.fail("heads", "pattern heads needs the number of heads that a block loses");
+  if (!section.is_null("sparsity"))
+    section.fail("sparsity",
+                 "pattern heads removes whole heads, and heads says how many; set it to "
+                 "null");
+  section.allow({"sparsity"});
+  Pattern pattern;
+  pattern.sparsity = 0;
+  pattern.heads = *heads;
+  return pattern;
+}
+
 Override read_override(const config::Section& section) {
   Override result{section.text("match"), {}};
   const bool skip = section.flag_or("skip", false);
+  if (section.text_or("pattern", "") == "heads")
+    section.fail("pattern", "heads go from every block alike; an override cannot name them");
   const bool has_pattern = !section.is_null("pattern") || !section.is_null("sparsity");
   if (skip == has_pattern)
     section.fail("match", fmt::format("\"{}\" needs either skip: true, or a pattern or sparsity",
@@ -74,7 +97,7 @@ void require_match(const std::string& glob, const std::string& key,
 
 LayerChoice read_layer_choice(const config::Section& section) {
   LayerChoice choice;
-  choice.pattern = read_pattern(section);
+  choice.pattern = read_pattern_or_heads(section);
   if (!section.is_null("include")) choice.include = section.texts("include");
   if (!section.is_null("exclude")) choice.exclude = section.texts("exclude");
   section.allow({"include", "exclude"});
@@ -97,9 +120,9 @@ std::vector<PlannedLayer> planned_layers(const LayerChoice& choice,
     const auto first = std::find_if(choice.overrides.begin(), choice.overrides.end(),
                                     [&](const Override& item) { return matches(item.match); });
     if (first == choice.overrides.end())
-      layers.push_back({&layer, choice.pattern, false});
+      layers.push_back({architecture.in_block(block, layer), choice.pattern, false});
     else if (first->pattern)
-      layers.push_back({&layer, *first->pattern, true});
+      layers.push_back({architecture.in_block(block, layer), *first->pattern, true});
   }
   return layers;
 }
@@ -124,11 +147,11 @@ void require_layers(const LayerChoice& choice, const model::Architecture& archit
     require_match(item.match, "overrides", architecture, outside);
   for (int64_t block = 0; block < architecture.blocks; ++block)
     for (const PlannedLayer& layer : planned_layers(choice, architecture, block))
-      if (!layer.pattern.unstructured() && layer.linear->in % layer.pattern.group != 0)
+      if (!layer.pattern.unstructured() && layer.linear.in % layer.pattern.group != 0)
         throw UserError(fmt::format(
             "prune.pattern: {} does not divide the {} inputs of {}; exclude it or choose another "
             "pattern",
-            layer.pattern.name(), layer.linear->in, layer.linear->name));
+            layer.pattern.name(), layer.linear.in, layer.linear.name));
 }
 
 }  // namespace espalier::prune

@@ -31,7 +31,7 @@ LayerChoice read_layer_choice(const config::Section& section);
 
 /// One linear layer of a block as it is to be pruned.
 struct PlannedLayer {
-  const model::Linear* linear;
+  model::Linear linear;  ///< with its sizes in the block
   Pattern pattern;
   bool overridden = false;  ///< an allocation over blocks leaves it alone
 };

@@ -54,6 +54,10 @@ at::Tensor BlockWork::take_gram(int64_t input) {
   return taken;
 }
 
+std::vector<double> PruningMethod::head_scores(const HeadWork&) const {
+  throw DefectError("a pruning method that removes no heads was asked for their scores");
+}
+
 MethodRegistration::MethodRegistration(const std::string& name, MethodFactory factory,
                                        std::vector<std::string> own_keys) {
   if (!registry().emplace(name, Entry{std::move(factory), std::move(own_keys)}).second)
@@ -68,6 +72,12 @@ std::vector<std::string> method_names() {
 
 std::unique_ptr<PruningMethod> make_method(const config::Section& section) {
   const std::string name = section.choice("method", method_names());
+  const bool heads = section.text_or("pattern", "") == "heads";
+  if (heads && !registry().at(name).reads("heads"))
+    section.fail("pattern",
+                 fmt::format("heads: method {} removes weights, not heads; choose method "
+                             "dsee, or pattern unstructured or K:M",
+                             name));
   refuse_keys_of_others(section, name);
   return registry().at(name).factory(section);
 }

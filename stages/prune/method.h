@@ -55,6 +55,14 @@ struct ModelWork {
   std::filesystem::path journal;
 };
 
+/// One block's attention, for a method that removes whole heads.
+struct HeadWork {
+  const io::Checkpoint& checkpoint;
+  const model::Architecture& architecture;
+  int64_t block = 0;
+  uint64_t seed = 0;
+};
+
 /// A method as configured.
 class PruningMethod {
  public:
@@ -72,6 +80,9 @@ class PruningMethod {
   virtual void prepare(const ModelWork&) {}
   /// Masks and prunes this rank's tiles of every task (see matrix_pruning.h). Collective.
   virtual void prune(BlockWork& work) = 0;
+  /// pattern heads: of every query head that the block has; the lowest go. One unit, on one worker.
+  /// Only methods that read prune.heads are asked.
+  virtual std::vector<double> head_scores(const HeadWork& work) const;
   /// For the stage's metrics, behind prepare().
   virtual nlohmann::json facts() const { return nlohmann::json::object(); }
 };

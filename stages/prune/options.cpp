@@ -32,6 +32,22 @@ RefineOptions read_refine(const config::Section& section) {
   return options;
 }
 
+/// Whole heads go from every block: what chooses or changes single weights has no place.
+void refuse_weights_only(const config::Section& section, const Options& options) {
+  const auto refuse = [&](bool set, const char* key, const char* otherwise) {
+    if (set)
+      section.fail(key, fmt::format("pattern heads removes heads of every block, not weights of "
+                                    "matrices; set it to {}",
+                                    otherwise));
+  };
+  refuse(options.allocation.owl, "allocation", "uniform");
+  refuse(options.refine.dsnot, "refine", "none");
+  refuse(options.refit, "refit", "false");
+  refuse(!options.layers.include.empty(), "include", "[]");
+  refuse(!options.layers.exclude.empty(), "exclude", "[]");
+  refuse(!options.layers.overrides.empty(), "overrides", "[]");
+}
+
 }  // namespace
 
 std::vector<Pattern> Options::patterns() const {
@@ -54,6 +70,7 @@ Options read_options(const config::Section& section) {
   options.refit = section.flag_or("refit", false);
   options.refit_steps = section.integer_or("refit_steps", 20, {.low = 1, .high = 10000});
   options.damping = section.number_or("damping", 0.01, {.low = 0, .high = 100});
+  if (options.layers.pattern.heads > 0) refuse_weights_only(section, options);
   section.allow({"stage", "from"});
   return options;
 }

@@ -20,6 +20,7 @@ bool whole_number(const std::string& text, int64_t& value) {
 }  // namespace
 
 std::string Pattern::name() const {
+  if (heads > 0) return "heads";
   return unstructured() ? "unstructured" : fmt::format("{}:{}", keep, group);
 }
 
@@ -33,10 +34,11 @@ Pattern parse_pattern(const std::string& text, double sparsity_when_unstructured
                      whole_number(text.substr(colon + 1), pattern.group) && pattern.keep >= 1 &&
                      pattern.keep < pattern.group && pattern.group <= kLargestGroup;
   if (!legal)
-    throw UserError(fmt::format(
-        "pattern \"{}\" is not one of: unstructured, or K:M with 1 <= K < M <= {} (K weights kept "
-        "of every M consecutive inputs, quoted in a file: \"2:4\")",
-        text, kLargestGroup));
+    throw UserError(
+        fmt::format("pattern \"{}\" is not one of: unstructured, heads, or K:M with 1 <= K < M <= "
+                    "{} (K weights kept "
+                    "of every M consecutive inputs, quoted in a file: \"2:4\")",
+                    text, kLargestGroup));
   pattern.sparsity = 1.0 - static_cast<double>(pattern.keep) / static_cast<double>(pattern.group);
   return pattern;
 }

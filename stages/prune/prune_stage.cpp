@@ -20,6 +20,7 @@
 #include "stages/prune/conjugate_gradients.h"
 #include "stages/prune/dense_pass.h"
 #include "stages/prune/dsnot.h"
+#include "stages/prune/head_removal.h"
 #include "stages/prune/method.h"
 #include "stages/prune/options.h"
 
@@ -68,6 +69,8 @@ class PruneStage : public driver::Stage {
   /// The weight of the pooling layer, where the method prunes it and the configuration lets it.
   std::optional<std::string> pooler_of(const io::Checkpoint& checkpoint,
                                        const model::Architecture& architecture) const;
+  driver::StageResult without_heads(driver::StageContext& context, const io::Checkpoint& checkpoint,
+                                    const model::Architecture& architecture) const;
   nlohmann::json metrics(const BlockFiles& files, int64_t units) const;
 
   std::string method_name_;
@@ -81,10 +84,12 @@ void PruneStage::check(const driver::RunContext& run, const std::filesystem::pat
   require_layers(
       options_.layers, architecture,
       method_->prunes_pooler() ? model::pooler_weight(checkpoint, architecture) : std::nullopt);
+  if (const int64_t heads = options_.layers.pattern.heads; heads > 0)
+    require_heads(architecture, heads);
   int64_t weights = 0;
   for (int64_t block = 0; block < architecture.blocks; ++block)
     for (const PlannedLayer& layer : planned_layers(options_.layers, architecture, block))
-      weights += layer.linear->out * layer.linear->in;
+      weights += layer.linear.out * layer.linear.in;
   const int64_t bytes = weights * static_cast<int64_t>(c10::elementSize(run.dtype));
   if (run.group.is_root()) io::require_space(run.directory, bytes + bytes / 8);
   if (needs_calibration()) check_data(run, architecture, start);
@@ -132,7 +137,7 @@ void PruneStage::prune_and_refine(BlockWork& work, const std::vector<PlannedLaye
   if (options_.refine.dsnot) {
     std::vector<uint8_t> refined;
     for (const PlannedLayer& layer : layers)
-      refined.push_back(!options_.refine.skip_mlp || !is_feed_forward(*layer.linear));
+      refined.push_back(!options_.refine.skip_mlp || !is_feed_forward(layer.linear));
     work.report["swapped"] = refine_by_dsnot(work.tasks, refined, dense, work.statistics,
                                              options_.refine, work.workers(), work.group());
   }
@@ -146,7 +151,7 @@ std::vector<MatrixTask> tasks_of(const model::Architecture& architecture,
                                  const std::vector<PlannedLayer>& layers) {
   std::vector<MatrixTask> tasks;
   for (const PlannedLayer& layer : layers) {
-    const model::Linear& linear = *layer.linear;
+    const model::Linear& linear = layer.linear;
     const at::Tensor weight = block.weight[linear.role].to(at::kFloat, false, /*copy=*/true);
     tasks.push_back({architecture.weight_name(index, linear), weight, linear.input,
                      at::zeros(weight.sizes(), at::kByte), layer.pattern});
@@ -226,7 +231,7 @@ void PruneStage::prune_block(driver::StageContext& context, const model::Archite
   prune_and_refine(work, layers);
   gather_rows(work.tasks, method_->moves_weights() || options_.refit, run.group);
   for (size_t i = 0; i < layers.size(); ++i)
-    block.weight[layers[i].linear->role] = work.tasks[i].weight.to(run.dtype);
+    block.weight[layers[i].linear.role] = work.tasks[i].weight.to(run.dtype);
   if (run.group.is_root()) files.write(index, work.tasks, run.dtype, work.report);
 }
 
@@ -234,7 +239,8 @@ void PruneStage::prune_block(driver::StageContext& context, const model::Archite
 void restore_block(const BlockFiles& files, const model::Architecture& architecture, int64_t index,
                    model::BlockWeights& block) {
   const io::SafetensorsFile file(files.weights_file(index));
-  for (const auto& linear : architecture.linears) {
+  for (const auto& of_all : architecture.linears) {
+    const model::Linear linear = architecture.in_block(index, of_all);
     const std::string name = model::stored_weight_name(architecture, index, linear);
     if (file.tensors().contains(name))
       block.weight[linear.role] = model::layer_part(architecture, linear, file.view(name))
@@ -246,6 +252,7 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   const driver::RunContext& run = context.run;
   const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
   const model::Architecture architecture = model::read_architecture(checkpoint);
+  if (options_.layers.pattern.heads > 0) return without_heads(context, checkpoint, architecture);
   const BlockFiles files(context, architecture, checkpoint);
   const std::optional<std::string> pooler = pooler_of(checkpoint, architecture);
   const int64_t units = architecture.blocks + (pooler ? 1 : 0);
@@ -282,6 +289,20 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   if (run.group.is_root()) result.metrics = metrics(files, units);
   driver::write_derived(files.model_directory(), checkpoint, run.group);
   context.progress.finish();
+  return result;
+}
+
+driver::StageResult PruneStage::without_heads(driver::StageContext& context,
+                                              const io::Checkpoint& checkpoint,
+                                              const model::Architecture& architecture) const {
+  driver::StageResult result{context.directory / "model", {}};
+  const nlohmann::json removed =
+      remove_heads(context, *method_, checkpoint, architecture, options_.layers.pattern.heads);
+  context.progress.finish();
+  if (!context.run.group.is_root()) return result;
+  result.metrics = {{"method", method_name_}, {"pattern", options_.layers.pattern.name()}};
+  result.metrics.update(method_->facts());
+  result.metrics.update(removed);
   return result;
 }
 

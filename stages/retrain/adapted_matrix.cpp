@@ -157,7 +157,7 @@ void check_rank(const std::string& matrix, int64_t rows, int64_t columns, int64_
 }
 
 const at::Tensor* frozen_tensor(const AttachOptions& options, const std::string& name,
-                                at::ScalarType type, at::IntArrayRef shape) {
+                                at::ScalarType type, at::OptionalIntArrayRef shape) {
   if (options.frozen.empty()) return nullptr;
   const auto found = options.frozen.find(name);
   if (found == options.frozen.end())
@@ -166,11 +166,11 @@ const at::Tensor* frozen_tensor(const AttachOptions& options, const std::string&
                     "was made with other retrain settings",
                     name));
   const at::Tensor& tensor = found->second;
-  if (tensor.scalar_type() != type || tensor.sizes() != shape)
+  if (tensor.scalar_type() != type || (shape && tensor.sizes() != *shape))
     throw UserError(fmt::format(
         "the adapter that retraining starts from has {} of {} [{}], but {} [{}] is needed", name,
         c10::toString(tensor.scalar_type()), fmt::join(tensor.sizes(), ", "), c10::toString(type),
-        fmt::join(shape, ", ")));
+        shape ? fmt::format("{}", fmt::join(*shape, ", ")) : "any"));
   return &tensor;
 }
 

@@ -81,9 +81,10 @@ class MatrixMethod : public AdapterMethod {
 void check_rank(const std::string& matrix, int64_t rows, int64_t columns, int64_t rank);
 
 /// The stored tensor `name` of the adapter that this one starts from, nullptr when it starts new.
-/// Throws UserError when one is started from and has none, or another type or shape.
+/// Throws UserError when one is started from and has none, or another type or shape (no `shape`:
+/// any).
 const at::Tensor* frozen_tensor(const AttachOptions& options, const std::string& name,
-                                at::ScalarType type, at::IntArrayRef shape);
+                                at::ScalarType type, at::OptionalIntArrayRef shape = std::nullopt);
 
 /// round((W + added) * kept) in W's type; without W when `with_weight` is false, without mask when
 /// `kept` is undefined. added: float32 [out, in].

@@ -4,11 +4,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include <functional>
-
 #include "pipeline/errors.h"
-#include "pipeline/io/hdf5.h"
-#include "pipeline/io/safetensors_dtype.h"
 
 namespace espalier::retrain {
 
@@ -16,31 +12,6 @@ namespace {
 
 constexpr const char* kFrozen = "frozen";
 constexpr const char* kHead = "head";
-
-std::string type_name(at::ScalarType type) {
-  for (const io::DtypeName& known : io::kDtypeNames)
-    if (known.dtype == type) return std::string(known.name);
-  throw DefectError(fmt::format("adapters.h5 stores no {}", c10::toString(type)));
-}
-
-at::ScalarType type_of(const std::string& name, const std::string& where) {
-  for (const io::DtypeName& known : io::kDtypeNames)
-    if (known.name == name) return known.dtype;
-  throw UserError(fmt::format("{}: '{}' is no type of a tensor", where, name));
-}
-
-/// Gives every data set below `group` ("" is the root) to `take`.
-void for_each_dataset(const io::Hdf5Reader& reader, const std::string& group,
-                      const std::function<void(const std::string&)>& take, int depth = 0) {
-  if (depth > 64) throw UserError(fmt::format("{}: groups are nested too deep", group));
-  for (const std::string& child : reader.children(group.empty() ? "/" : group)) {
-    const std::string path = group + "/" + child;
-    if (reader.has_attribute(path, "type"))
-      take(path);
-    else
-      for_each_dataset(reader, path, take, depth + 1);
-  }
-}
 
 std::string shape_text(const at::Tensor& t) {
   return fmt::format("[{}]", fmt::join(t.sizes(), ", "));
@@ -50,38 +21,30 @@ std::string shape_text(const at::Tensor& t) {
 
 void write_adapters(const std::filesystem::path& file, const AdaptedModel& model,
                     const train::ParameterSet& parameters, const AdapterIdentity& identity) {
-  io::Hdf5Writer writer(file);
-  const auto write = [&](const std::string& name, const at::Tensor& value) {
-    writer.write(name, value.detach().contiguous());
-    writer.attribute(name, "type", type_name(value.scalar_type()));
+  train::AdaptersFile content{identity, {}};
+  const auto add = [&](const std::string& path, const at::Tensor& value) {
+    content.tensors.emplace_back(path, value);
   };
   const auto& all = parameters.parameters();
-  for (int64_t p = 0; p < model.first_head_parameter(); ++p) write("/" + all[p].name, all[p].value);
+  for (int64_t p = 0; p < model.first_head_parameter(); ++p) add("/" + all[p].name, all[p].value);
   for (size_t p = model.first_head_parameter(); p < all.size(); ++p)
-    write(fmt::format("/{}/{}", kHead, all[p].name), all[p].value);
+    add(fmt::format("/{}/{}", kHead, all[p].name), all[p].value);
   for (const auto& [name, value] : model.adapter().frozen_tensors())
-    write(fmt::format("/{}/{}", kFrozen, name), value);
-  writer.attribute("/", "method", identity.method);
-  writer.attribute("/", "settings", identity.settings);
-  writer.attribute("/", "base_checksum", identity.base_checksum);
-  writer.commit();
+    add(fmt::format("/{}/{}", kFrozen, name), value);
+  train::write_adapters_h5(file, content);
 }
 
 StoredAdapter StoredAdapter::read(const std::filesystem::path& file) {
-  if (!std::filesystem::exists(file))
-    throw UserError(fmt::format("{}: there is no such file of adapters", file.string()));
-  const io::Hdf5Reader reader(file);
+  const train::AdaptersFile content = train::read_adapters_h5(file);
   StoredAdapter stored;
   stored.file_ = file;
-  stored.identity_ = {reader.text_attribute("/", "method"), reader.text_attribute("/", "settings"),
-                      reader.text_attribute("/", "base_checksum")};
+  stored.identity_ = content.identity;
   const std::string head = fmt::format("/{}/", kHead), frozen = fmt::format("/{}/", kFrozen);
-  for_each_dataset(reader, "", [&](const std::string& path) {
+  for (const auto& [path, value] : content.tensors) {
     const std::string where = fmt::format("{}: {}", file.string(), path);
-    const at::Tensor value = reader.read(path, type_of(reader.text_attribute(path, "type"), where));
     if (path.starts_with(frozen)) {
       stored.frozen_[path.substr(frozen.size())] = value;
-      return;
+      continue;
     }
     if (value.scalar_type() != at::kFloat) throw UserError(fmt::format("{} is no float32", where));
     if (!at::isfinite(value).all().item<bool>())
@@ -90,7 +53,7 @@ StoredAdapter StoredAdapter::read(const std::filesystem::path& file) {
       stored.head_[path.substr(head.size())] = value;
     else
       stored.values_[path.substr(1)] = value;
-  });
+  }
   return stored;
 }
 

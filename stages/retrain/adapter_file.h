@@ -11,16 +11,13 @@
 #include <map>
 #include <string>
 
+#include "pipeline/train/adapters_h5.h"
 #include "pipeline/train/parameters.h"
 #include "stages/retrain/adapted_model.h"
 
 namespace espalier::retrain {
 
-struct AdapterIdentity {
-  std::string method;
-  std::string settings;       ///< the method's keys that give the parameters their meaning
-  std::string base_checksum;  ///< of the model the adapter stands on
-};
+using train::AdapterIdentity;
 
 void write_adapters(const std::filesystem::path& file, const AdaptedModel& model,
                     const train::ParameterSet& parameters, const AdapterIdentity& identity);

@@ -68,19 +68,34 @@ at::Tensor random_positions(const std::string& name, int64_t numel, int64_t coun
   return at::tensor(std::vector<int64_t>(chosen.begin(), chosen.end()), at::kLong);
 }
 
-/// Throws UserError when they are not `count` ascending positions of a matrix of `numel`.
+/// Throws UserError when they are not ascending positions of a matrix of `numel`.
+void check_ascending(const at::Tensor& positions, const std::string& where, int64_t numel) {
+  const int64_t* values = positions.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < positions.numel(); ++i)
+    if (values[i] < 0 || values[i] >= numel || (i > 0 && values[i] <= values[i - 1]))
+      throw UserError(
+          fmt::format("{}: position {} is {}, but ascending positions inside [0, {}) are expected",
+                      where, i, values[i], numel));
+}
+
+/// The same, and that there are `count` of them.
 void check_positions(const at::Tensor& positions, const std::string& where, int64_t numel,
                      int64_t count) {
   if (positions.dim() != 1 || positions.numel() != count)
     throw UserError(fmt::format(
         "{} has {} positions, but retrain.cardinality is {}; set it to what discover was given",
         where, positions.numel(), count));
-  const int64_t* values = positions.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < count; ++i)
-    if (values[i] < 0 || values[i] >= numel || (i > 0 && values[i] <= values[i - 1]))
-      throw UserError(
-          fmt::format("{}: position {} is {}, but ascending positions inside [0, {}) are expected",
-                      where, i, values[i], numel));
+  check_ascending(positions, where, numel);
+}
+
+/// What an adapter left: at most `count`, as some may have gone with removed heads.
+at::Tensor adapter_positions(const at::Tensor& positions, const Target& target, int64_t count) {
+  const std::string where = target.name + "/positions of the adapter";
+  if (positions.dim() != 1 || positions.numel() > count)
+    throw UserError(
+        fmt::format("{} is no list of at most retrain.cardinality = {} positions", where, count));
+  check_ascending(positions, where, target.weight.numel());
+  return positions.contiguous();
 }
 
 at::Tensor stored_positions(const std::filesystem::path& file, const Target& target,
@@ -127,13 +142,8 @@ class DseeMethod : public MatrixMethod {
   at::Tensor index_set(const Target& target, const AttachOptions& options) const {
     if (!options_.sparse()) return {};
     const int64_t count = options_.cardinality;
-    const at::Tensor* stored =
-        frozen_tensor(options, target.name + "/positions", at::kLong, {count});
-    if (stored) {
-      check_positions(*stored, target.name + "/positions of the adapter", target.weight.numel(),
-                      count);
-      return stored->contiguous();
-    }
+    const at::Tensor* stored = frozen_tensor(options, target.name + "/positions", at::kLong);
+    if (stored) return adapter_positions(*stored, target, count);
     if (options_.positions == DseeOptions::Positions::random)
       return random_positions(target.name, target.weight.numel(), count, options.seed);
     if (options.index_sets.empty())

@@ -335,6 +335,7 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
     masked += target.kept.defined();
   }
   for (const auto& site : model.sites()) reported += c10::multiply_integers(site.site.shape);
+  reported = std::min(reported, trainable);  // some may have gone with removed heads
   if (reported != trainable)
     context.progress.say(fmt::format("its paper counts {} of them", reported));
   if (options_.method == "lora" && masked > 0)

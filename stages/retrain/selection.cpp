@@ -83,7 +83,7 @@ void add_block(SiteList& list, const model::Architecture& a, int64_t block) {
   for (const model::Linear& linear : a.linears) {
     if (!linear.bias) continue;
     list.in_block(
-        Site::Kind::bias, a.bias_name(block, linear), block, {linear.out},
+        Site::Kind::bias, a.bias_name(block, linear), block, {a.in_block(block, linear).out},
         [role = linear.role](model::BlockWeights& w) -> at::Tensor& { return w.bias[role]; });
   }
   const auto norm = [&](const model::Names& names, int64_t size, NormPlace place) {
@@ -145,7 +145,7 @@ Selection select(const io::Checkpoint& checkpoint, const model::Architecture& ar
     for (int64_t b = 0; b < architecture.blocks; ++b)
       for (const model::Linear& linear : architecture.linears)
         if (globs.match(architecture.weight_name(b, linear)))
-          selection.matrices.push_back({b, linear});
+          selection.matrices.push_back({b, architecture.in_block(b, linear)});
   for (PlacedSite& placed : sites_of(checkpoint, architecture))
     if (method.trains(placed.site) && globs.match(placed.site.name))
       selection.sites.push_back(std::move(placed));

@@ -14,7 +14,7 @@ namespace espalier::retrain {
 
 struct Matrix {
   int64_t block = 0;
-  model::Linear linear;
+  model::Linear linear;  ///< with its sizes in the block
 };
 
 /// A site and where its tensor stands in the model in memory: one of both is set.

@@ -16,7 +16,8 @@ constexpr int64_t kHeads = 3, kSize = 4, kIn = 10, kOut = kHeads * kSize;
 /// One block whose q, k and v are stored together in three ways, and a plain layer.
 Architecture architecture(const Stored& first) {
   Architecture a;
-  a.heads = kHeads;
+  a.heads = a.key_value_heads = kHeads;
+  a.head_size = kSize;
   a.block_prefix = "model.h.";
   const auto part = [&](int64_t i) {
     Stored stored = first;

@@ -108,12 +108,12 @@ TEST(Overrides, TheFirstMatchWinsAndSkippedMatricesStayDense) {
   const auto first = planned_layers(choice, architecture, 0),
              second = planned_layers(choice, architecture, 1);
   ASSERT_EQ(first.size(), 2u);
-  EXPECT_EQ(first[0].linear->role, model::kQuery);
+  EXPECT_EQ(first[0].linear.role, model::kQuery);
   EXPECT_EQ(first[0].pattern.sparsity, 0.3);
   EXPECT_TRUE(first[0].pattern.unstructured());
   EXPECT_EQ(first[1].pattern.name(), "2:4");
   ASSERT_EQ(second.size(), 1u);
-  EXPECT_EQ(second[0].linear->role, model::kDown);
+  EXPECT_EQ(second[0].linear.role, model::kDown);
 }
 
 TEST(Overrides, ALayerOutsideOfTheBlocksIsChosenByItsName) {

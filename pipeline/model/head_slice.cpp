@@ -1,0 +1,111 @@
+#include "pipeline/model/head_slice.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+namespace espalier::model {
+namespace {
+
+/// The places of `after` among `before`, both ascending.
+std::vector<int64_t> places(const std::vector<int64_t>& before, const std::vector<int64_t>& after) {
+  std::vector<int64_t> found;
+  for (const int64_t head : after)
+    found.push_back(std::lower_bound(before.begin(), before.end(), head) - before.begin());
+  return found;
+}
+
+/// int64 [size]: where each index went, -1 where it is gone.
+at::Tensor where_they_went(const at::Tensor& kept, int64_t size) {
+  if (!kept.defined()) return at::arange(size, at::kLong);
+  at::Tensor to = at::full({size}, -1, at::kLong);
+  to.index_copy_(0, kept, at::arange(kept.numel(), at::kLong));
+  return to;
+}
+
+at::Tensor put(const at::Tensor& kept, const at::Tensor& tensor, int64_t dimension, int64_t size) {
+  if (!kept.defined() || !tensor.defined()) return tensor;
+  std::vector<int64_t> shape = tensor.sizes().vec();
+  shape[dimension] = size;
+  return at::zeros(shape, tensor.options()).index_copy_(dimension, kept, tensor);
+}
+
+at::Tensor take(const at::Tensor& kept, const at::Tensor& tensor, int64_t dimension) {
+  if (!kept.defined() || !tensor.defined()) return tensor;
+  return tensor.index_select(dimension, kept).contiguous();
+}
+
+}  // namespace
+
+HeadSlice head_slice(const Architecture& a, const Linear& linear, const BlockHeads& before,
+                     const BlockHeads& after) {
+  const auto of_queries = [&] {
+    return features_of(places(before.query, after.query), a.head_size);
+  };
+  HeadSlice slice{linear.out, linear.in, {}, {}};
+  if (linear.role == kQuery) {
+    slice.out = before.queries() * a.head_size;
+    slice.rows = of_queries();
+  } else if (linear.role == kKey || linear.role == kValue) {
+    slice.out = before.key_values() * a.head_size;
+    slice.rows = features_of(places(before.key_value, after.key_value), a.head_size);
+  } else if (linear.role == kOutput) {
+    slice.in = before.queries() * a.head_size;
+    slice.columns = of_queries();
+  }
+  return slice;
+}
+
+at::Tensor take_rows(const HeadSlice& slice, const at::Tensor& tensor) {
+  return take(slice.rows, tensor, 0);
+}
+at::Tensor take_columns(const HeadSlice& slice, const at::Tensor& tensor) {
+  return take(slice.columns, tensor, tensor.dim() - 1);
+}
+at::Tensor put_rows(const HeadSlice& slice, const at::Tensor& tensor) {
+  return put(slice.rows, tensor, 0, slice.out);
+}
+at::Tensor put_columns(const HeadSlice& slice, const at::Tensor& tensor) {
+  return put(slice.columns, tensor, tensor.dim() - 1, slice.in);
+}
+
+std::pair<at::Tensor, at::Tensor> take_positions(const HeadSlice& slice,
+                                                 const at::Tensor& positions) {
+  const int64_t in = slice.columns.defined() ? slice.columns.numel() : slice.in;
+  const at::Tensor row = where_they_went(slice.rows, slice.out)
+                             .index_select(0, at::floor_divide(positions, slice.in)),
+                   column = where_they_went(slice.columns, slice.in)
+                                .index_select(0, positions.remainder(slice.in));
+  const at::Tensor stay = row.ge(0).logical_and(column.ge(0)).nonzero().squeeze(1);
+  return {stay, (row * in + column).index_select(0, stay)};
+}
+
+AddedTerms take_terms(const HeadSlice& slice, const AddedTerms& terms) {
+  AddedTerms taken = terms;
+  taken.up = take_rows(slice, terms.up);
+  if (terms.down.defined()) taken.down = take_columns(slice, terms.down);
+  taken.bias = take_rows(slice, terms.bias);
+  if (terms.sparse()) {
+    const auto [stay, positions] = take_positions(slice, terms.positions);
+    taken.positions = positions;
+    taken.values = terms.values.index_select(0, stay);
+  }
+  return taken;
+}
+
+AddedTerms put_terms(const HeadSlice& slice, const AddedTerms& terms) {
+  AddedTerms whole = terms;
+  whole.up = put_rows(slice, terms.up);
+  if (terms.down.defined()) whole.down = put_columns(slice, terms.down);
+  whole.bias = put_rows(slice, terms.bias);
+  if (terms.sparse()) {
+    const int64_t in = slice.columns.defined() ? slice.columns.numel() : slice.in;
+    const at::Tensor row = at::floor_divide(terms.positions, in),
+                     column = terms.positions.remainder(in);
+    whole.positions = (slice.rows.defined() ? slice.rows.index_select(0, row) : row) * slice.in +
+                      (slice.columns.defined() ? slice.columns.index_select(0, column) : column);
+  }
+  return whole;
+}
+
+}  // namespace espalier::model

@@ -1,0 +1,130 @@
+#include "stages/export/heads.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "pipeline/driver/spread.h"
+#include "pipeline/io/safetensors.h"
+#include "pipeline/model/head_slice.h"
+#include "pipeline/model/stored_layers.h"
+
+namespace espalier::exporting {
+namespace {
+
+namespace fs = std::filesystem;
+using model::Architecture;
+using model::BlockHeads;
+using model::Linear;
+
+bool config_can_say(const Architecture& a) {
+  if (!a.states_head_size) return false;
+  const BlockHeads first = a.heads_of(0);
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    const BlockHeads heads = a.heads_of(block);
+    if (!heads.shared_evenly() || heads.queries() != first.queries() ||
+        heads.key_values() != first.key_values())
+      return false;
+  }
+  return true;
+}
+
+int64_t missing_heads(const Architecture& a) {
+  int64_t missing = 0;
+  for (int64_t block = 0; block < a.blocks; ++block)
+    missing += a.heads - a.heads_of(block).queries();
+  return missing;
+}
+
+/// The block's tensors that have rows or columns of heads, in full shape.
+model::NamedTensors whole_block(const io::Checkpoint& checkpoint, const Architecture& a,
+                                const Architecture& whole, int64_t block) {
+  const BlockHeads all = whole.heads_of(block), there = a.heads_of(block);
+  model::NamedTensors layers, beside;
+  for (const Linear& full : a.linears) {
+    const Linear linear = a.in_block(block, full);
+    const model::HeadSlice slice = model::head_slice(a, full, all, there);
+    if (!slice.touches()) continue;
+    const auto part = [&](const std::string& stored) {
+      return model::layer_part(a, linear, checkpoint.view(stored));
+    };
+    const std::string name = a.weight_name(block, linear);
+    const at::Tensor weight = part(model::stored_weight_name(a, block, linear));
+    layers.emplace_back(name, put_columns(slice, put_rows(slice, weight)));
+    if (linear.bias && slice.rows.defined())
+      layers.emplace_back(a.bias_name(block, linear),
+                          put_rows(slice, part(model::stored_bias_name(a, block, linear))));
+    if (const auto terms = model::load_terms(checkpoint, name, linear.out, linear.in))
+      for (auto& stored : model::stored_terms(name, put_terms(slice, *terms), full.out, full.in))
+        beside.push_back(std::move(stored));
+  }
+  if (a.relative) {  // DeBERTa's own projections of relative positions
+    const model::HeadSlice slice = model::head_slice(a, *a.find(model::kQuery), all, there);
+    for (const model::Names& names : {a.relative->key, a.relative->query})
+      for (const std::string& name : {names.weight, names.bias})
+        if (!name.empty())
+          beside.emplace_back(a.tensor_name(block, name),
+                              put_rows(slice, checkpoint.view(a.tensor_name(block, name))));
+  }
+  model::NamedTensors tensors = model::stored_tensors(whole, checkpoint, layers);
+  tensors.insert(tensors.end(), beside.begin(), beside.end());
+  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& x, const auto& y) {
+    return x.second.element_size() > y.second.element_size();  // then all are aligned
+  });
+  return tensors;
+}
+
+/// A model derived from this one with zeros for the heads that are gone.
+io::Checkpoint with_zeros(const driver::StageContext& context, const io::Checkpoint& checkpoint,
+                          const Architecture& a) {
+  c10::InferenceMode guard;
+  const comm::Communicator& group = context.run.group;
+  const fs::path directory = context.state_directory() / "whole";
+  Architecture whole = a;
+  whole.kept_heads.clear();
+  for (int64_t block = group.rank(); block < a.blocks; block += group.size())
+    io::write_safetensors(directory / fmt::format("block-{:05}.safetensors", block),
+                          whole_block(checkpoint, a, whole, block));
+  group.barrier();
+  if (group.is_root()) {
+    model::KeptHeads all;
+    for (int64_t block = 0; block < a.blocks; ++block) all.push_back(whole.heads_of(block).query);
+    model::write_kept_heads(directory, all);
+  }
+  driver::write_derived(directory, checkpoint, group);
+  return io::Checkpoint::open(directory);
+}
+
+}  // namespace
+
+HeadsExport export_heads(const driver::StageContext& context, const io::Checkpoint& checkpoint) {
+  HeadsExport result{checkpoint, nlohmann::json::object(), ""};
+  if (!model::knows_architecture(checkpoint)) return result;
+  const Architecture a = model::read_architecture(checkpoint);
+  const int64_t missing = missing_heads(a);
+  if (missing == 0) return result;
+  const std::string count = fmt::format("{} of {} heads", missing, a.heads * a.blocks);
+  if (config_can_say(a)) {
+    const BlockHeads heads = a.heads_of(0);
+    result.config_keys = {{"num_attention_heads", heads.queries()},
+                          {"num_key_value_heads", heads.key_values()},
+                          {"head_dim", a.head_size}};
+    result.sentence = fmt::format(
+        "{} are absent: config.json says num_attention_heads {} and "
+        "num_key_value_heads {}",
+        count, heads.queries(), heads.key_values());
+    return result;
+  }
+  result.model = with_zeros(context, checkpoint, a);
+  result.sentence = fmt::format(
+      "{} are zeros in the export: {}, so their rows and columns are written in full shape", count,
+      a.states_head_size
+          ? "the blocks do not keep equally many heads that share key/value heads "
+            "evenly, which config.json cannot say"
+          : fmt::format("config.json of {} cannot say that heads are missing", a.model_type));
+  return result;
+}
+
+}  // namespace espalier::exporting

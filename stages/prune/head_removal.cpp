@@ -1,0 +1,221 @@
+#include "stages/prune/head_removal.h"
+
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <optional>
+
+#include "pipeline/driver/spread.h"
+#include "pipeline/driver/units.h"
+#include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/io/json.h"
+#include "pipeline/io/safetensors.h"
+#include "pipeline/linalg/product.h"
+#include "pipeline/model/head_slice.h"
+#include "pipeline/model/stored_layers.h"
+#include "pipeline/train/adapters_h5.h"
+#include "stages/prune/criterion.h"
+
+namespace espalier::prune {
+namespace {
+
+namespace fs = std::filesystem;
+using model::Architecture;
+using model::BlockHeads;
+using model::Linear;
+using nlohmann::json;
+
+fs::path state_file(const driver::StageContext& context, int64_t block) {
+  return context.state_directory() / fmt::format("heads-{:05}.json", block);
+}
+fs::path block_file(const driver::StageContext& context, int64_t block) {
+  return context.directory / "model" / fmt::format("block-{:05}.safetensors", block);
+}
+
+/// A copy of the layer's weight or bias as the checkpoint has it.
+at::Tensor layer(const io::Checkpoint& checkpoint, const Architecture& a, const Linear& linear,
+                 const std::string& stored) {
+  const at::Tensor copy =
+      model::layer_part(a, linear, checkpoint.view(stored)).clone(at::MemoryFormat::Contiguous);
+  checkpoint.drop(stored);
+  return copy;
+}
+
+/// The block's tensors that lose something; `smaller` is the architecture behind the removal.
+model::NamedTensors sliced_block(const io::Checkpoint& checkpoint, const Architecture& a,
+                                 const Architecture& smaller, int64_t block) {
+  const BlockHeads before = a.heads_of(block), after = smaller.heads_of(block);
+  model::NamedTensors layers, beside;
+  for (const Linear& of_all : a.linears) {
+    const Linear linear = a.in_block(block, of_all);
+    const model::HeadSlice slice = model::head_slice(a, linear, before, after);
+    if (!slice.touches()) continue;
+    const std::string name = a.weight_name(block, linear);
+    const at::Tensor weight =
+        layer(checkpoint, a, linear, model::stored_weight_name(a, block, linear));
+    layers.emplace_back(name, take_columns(slice, take_rows(slice, weight)));
+    if (linear.bias && slice.rows.defined())
+      layers.emplace_back(a.bias_name(block, linear),
+                          take_rows(slice, layer(checkpoint, a, linear,
+                                                 model::stored_bias_name(a, block, linear))));
+    const auto terms = model::load_terms(checkpoint, name, linear.out, linear.in);
+    if (!terms) continue;
+    const Linear left = smaller.in_block(block, of_all);
+    for (auto& part : model::stored_terms(name, take_terms(slice, *terms), left.out, left.in))
+      beside.push_back(std::move(part));
+  }
+  if (a.relative) {  // DeBERTa's own projections of relative positions
+    const model::HeadSlice slice = model::head_slice(a, *a.find(model::kQuery), before, after);
+    for (const model::Names& names : {a.relative->key, a.relative->query})
+      for (const std::string& part : {names.weight, names.bias})
+        if (!part.empty()) {
+          const std::string name = a.tensor_name(block, part);
+          beside.emplace_back(name, take_rows(slice, checkpoint.view(name)));
+        }
+  }
+  model::NamedTensors tensors = model::stored_tensors(smaller, checkpoint, layers);
+  tensors.insert(tensors.end(), beside.begin(), beside.end());
+  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& x, const auto& y) {
+    return x.second.element_size() > y.second.element_size();  // then all are aligned
+  });
+  return tensors;
+}
+
+/// `places` among the block's heads leave it.
+std::vector<int64_t> left_over(const std::vector<int64_t>& heads,
+                               const std::vector<int64_t>& places) {
+  std::vector<int64_t> kept;
+  for (size_t place = 0; place < heads.size(); ++place)
+    if (!std::binary_search(places.begin(), places.end(), static_cast<int64_t>(place)))
+      kept.push_back(heads[place]);
+  return kept;
+}
+
+void remove_of_block(const driver::StageContext& context, const PruningMethod& method,
+                     const io::Checkpoint& checkpoint, const Architecture& a, int64_t block,
+                     int64_t count) {
+  c10::InferenceMode guard;
+  const std::vector<int64_t> heads = a.heads_of(block).query;
+  const std::vector<double> scores = method.head_scores({checkpoint, a, block, context.run.seed});
+  const std::vector<int64_t> gone = lowest(scores, count), kept = left_over(heads, gone);
+  Architecture smaller = a;
+  smaller.kept_heads.resize(a.blocks);
+  smaller.kept_heads[block] = kept;
+  io::write_safetensors(block_file(context, block), sliced_block(checkpoint, a, smaller, block));
+  json removed = json::array();
+  for (const int64_t place : gone) removed.push_back(heads[place]);
+  const json decided = {{"kept", kept}, {"removed", removed}, {"scores", scores}};
+  io::write_file(state_file(context, block), decided.dump());  // last: its presence says "done"
+}
+
+/// The adapters.h5 of the stage that left what stands beside the model, where there is one.
+std::optional<train::AdaptersFile> adapter_beside(const io::Checkpoint& checkpoint) {
+  if (model::matrices_with_terms(checkpoint).empty()) return std::nullopt;
+  for (const fs::path& directory : checkpoint.chain()) {
+    const fs::path file = directory.parent_path() / "adapters.h5";
+    if (fs::exists(file)) return train::read_adapters_h5(file);
+  }
+  return std::nullopt;
+}
+
+/// The layer's slices by the names of their weights.
+std::map<std::string, model::HeadSlice> all_slices(const Architecture& a,
+                                                   const Architecture& smaller) {
+  std::map<std::string, model::HeadSlice> slices;
+  for (int64_t block = 0; block < a.blocks; ++block)
+    for (const Linear& linear : a.linears)
+      slices[a.weight_name(block, linear)] = model::head_slice(
+          a, a.in_block(block, linear), a.heads_of(block), smaller.heads_of(block));
+  return slices;
+}
+
+/// B and S without what left; the parameters of lora and dsee (stages/retrain).
+train::AdaptersFile sliced_adapter(const train::AdaptersFile& adapter,
+                                   const std::map<std::string, model::HeadSlice>& slices) {
+  constexpr const char* kFrozen = "/frozen/";
+  std::map<std::string, at::Tensor> positions;  // by matrix
+  for (const auto& [path, value] : adapter.tensors)
+    if (path.starts_with(kFrozen) && path.ends_with("/positions"))
+      positions[path.substr(8, path.size() - 8 - 10)] = value;
+  train::AdaptersFile sliced{adapter.identity, {}};
+  for (const auto& [path, value] : adapter.tensors) {
+    const std::string full = path.starts_with(kFrozen) ? path.substr(8) : path.substr(1);
+    const size_t slash = full.rfind('/');
+    const std::string matrix = full.substr(0, slash), part = full.substr(slash + 1);
+    const auto slice = slices.find(matrix);
+    at::Tensor left = value;
+    if (slice != slices.end() && slice->second.touches()) {
+      if (part == "A") left = take_columns(slice->second, value);
+      if (part == "B") left = take_rows(slice->second, value);
+      if (part == "positions") left = model::take_positions(slice->second, value).second;
+      if (part == "S")
+        left =
+            value.index_select(0, model::take_positions(slice->second, positions.at(matrix)).first);
+    }
+    sliced.tensors.emplace_back(path, left);
+  }
+  return sliced;
+}
+
+json read_state(const fs::path& file) { return io::parse_json(io::read_file(file), file.string()); }
+
+}  // namespace
+
+void require_heads(const Architecture& architecture, int64_t count) {
+  for (int64_t block = 0; block < architecture.blocks; ++block) {
+    const int64_t there = architecture.heads_of(block).queries();
+    if (count >= there)
+      throw UserError(
+          fmt::format("prune.heads: {} heads would go from block {}, which has {}; at least one "
+                      "must stay",
+                      count, block, there));
+  }
+}
+
+json remove_heads(driver::StageContext& context, const PruningMethod& method,
+                  const io::Checkpoint& checkpoint, const Architecture& architecture,
+                  int64_t count) {
+  const driver::RunContext& run = context.run;
+  require_heads(architecture, count);
+  std::vector<int64_t> done;
+  for (int64_t block = 0; block < architecture.blocks; ++block)
+    done.push_back(run.group.is_root() && fs::exists(state_file(context, block)) &&
+                   fs::exists(block_file(context, block)));
+  const driver::Hooks hooks{[&](const std::string& what, int64_t total, int64_t first) {
+                              context.progress.start(what, total, first);
+                            },
+                            [&](int64_t finished) { context.progress.advance(finished); },
+                            [&] { return driver::stop_requested(run.group); }};
+  driver::carry_out_units("blocks", std::vector<double>(architecture.blocks, 1), done, run.group,
+                          *run.workers, hooks, [&](int64_t block) {
+                            remove_of_block(context, method, checkpoint, architecture, block,
+                                            count);
+                          });
+  run.group.barrier();  // every block is on the disk
+  Architecture smaller = architecture;
+  json blocks = json::array();
+  const fs::path directory = context.directory / "model";
+  if (run.group.is_root()) {
+    smaller.kept_heads.clear();
+    for (int64_t block = 0; block < architecture.blocks; ++block) {
+      blocks.push_back(read_state(state_file(context, block)));
+      smaller.kept_heads.push_back(blocks.back().at("kept"));
+    }
+    model::write_kept_heads(directory, smaller.kept_heads);
+  }
+  driver::write_derived(directory, checkpoint, run.group);
+  const std::string base =
+      driver::tensors_checksum(io::Checkpoint::open(directory).without(model::is_term), run.group);
+  if (!run.group.is_root()) return {};
+  if (auto adapter = adapter_beside(checkpoint)) {
+    train::AdaptersFile sliced = sliced_adapter(*adapter, all_slices(architecture, smaller));
+    sliced.identity.base_checksum = base;
+    train::write_adapters_h5(context.directory / "adapters.h5", sliced);
+  }
+  return {{"heads", count}, {"blocks", blocks}};
+}
+
+}  // namespace espalier::prune
