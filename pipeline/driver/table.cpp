@@ -32,7 +32,8 @@ std::string measured(const json& metrics) {
 
 /// Of one sequence, with the nonzero weights alone, by the first task: ", 1.25 GFLOP".
 std::string flops(const json& metrics) {
-  for (const auto& [name, task] : metrics.value("tasks", json::object()).items())
+  const json tasks = metrics.value("tasks", json::object());
+  for (const auto& [name, task] : tasks.items())
     if (const double count = task.value("flops_of_nonzeros", 0.0); count > 0)
       return fmt::format(", {:.3g} {}FLOP", count / (count < 1e12 ? 1e9 : 1e12),
                          count < 1e12 ? "G" : "T");
