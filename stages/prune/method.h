@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,6 +51,9 @@ class PruningMethod {
   virtual bool moves_weights() const { return false; }
   /// Throws UserError placed at the key when the method cannot prune by `pattern`.
   virtual void check(const Pattern&) const {}
+  /// How many weights of a [rows, columns] matrix without zeros `pattern` removes; nothing where
+  /// the data decides.
+  virtual std::optional<int64_t> zeros(const Pattern& pattern, int64_t rows, int64_t columns) const;
   /// Masks and prunes this rank's tiles of every task (see matrix_pruning.h). Collective.
   virtual void prune(BlockWork& work) = 0;
 };

@@ -11,6 +11,8 @@ struct Pattern {
   double sparsity = 0.5;        ///< share of weights that go; 1 - K/M with K:M
 
   bool unstructured() const { return group == 0; }
+  /// Unstructured: how many of so many weights go, floor(entries * sparsity).
+  int64_t removed_of(int64_t entries) const;
   std::string name() const;  ///< "unstructured" or "2:4"
 };
 
