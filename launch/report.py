@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Renders RUN_DIR/report.html, one self-contained page, from the files that a run left.
+"""Renders RUN_DIR/report.html, one self-contained page, from the files that a run or a sweep left.
 
     report.py RUN_DIR [--table]     --table also prints the table of stages for the terminal
 
-Reads config.yaml, environment.json, metrics.jsonl and failure.json of the run, manifest.json and
+Of a sweep's directory (outputs/NAME-sweep): its configurations, from summary.json. Of a run's: reads config.yaml, environment.json, metrics.jsonl and failure.json of the run, manifest.json and
 metrics.json of each stage. What is not there is left out; a run that failed shows where and why.
 """
 
@@ -238,11 +238,11 @@ def stage_table(run: Run) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def terminal_table(header: list[str], rows: list[list[str]]) -> str:
+def terminal_table(header: list[str], rows: list[list[str]], text_columns: int = 3) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [cell.ljust(width) if column < 3 else cell.rjust(width)
+        cells = [cell.ljust(width) if column < text_columns else cell.rjust(width)
                  for column, (cell, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
@@ -419,14 +419,86 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     return list(shown.items())
 
 
+# ------------------------------------------------------------------------------- a sweep
+FIGURES = {"nonzeros": ("nonzeros", count_text), "bytes": ("bytes", bytes_text),
+           "residual_bytes": ("residual", bytes_text), "trainable_parameters": ("trainable", count_text)}
+
+
+def figure_text(figure: dict, write: Any) -> str:
+    """One value, or of several seeds "median (mean ± standard deviation)"."""
+    median, mean, deviation = (number(figure.get(key)) for key in ("median", "mean", "standard_deviation"))
+    values = figure.get("values") if isinstance(figure.get("values"), list) else []
+    if median is None or len(set(map(str, values))) < 2:
+        return write(median)
+    missing = f"; {len(numbers(values))} of {len(values)}" if len(numbers(values)) < len(values) else ""
+    return f"{write(median)} ({write(mean)}{'' if deviation is None else f' ± {write(deviation)}'}{missing})"
+
+
+class Sweep:
+    """summary.json of a sweep."""
+
+    def __init__(self, directory: Path):
+        self.name = directory.name
+        summary = mapping(read_json(directory / "summary.json"))
+        self.swept = [str(key) for key in summary.get("swept") or []]
+        self.configurations = mappings(summary.get("configurations"))
+        self.tasks = sorted({(name, str(mapping(task).get("leading"))) for configuration in self.configurations
+                             for name, task in mapping(configuration.get("tasks")).items()})
+        self.figures = [name for name in FIGURES
+                        if any(name in mapping(one.get("figures")) for one in self.configurations)]
+
+    def label(self, configuration: dict) -> list[str]:
+        return [str(mapping(configuration.get("settings")).get(key, "")) for key in self.swept]
+
+    @staticmethod
+    def measured(configuration: dict, task: str, metric: str) -> dict:
+        return mapping(mapping(mapping(mapping(configuration.get("tasks")).get(task)).get("reported")).get(metric))
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        header = [*self.swept, "seeds", *(f"{metric}: {task}" for task, metric in self.tasks),
+                  *(FIGURES[name][0] for name in self.figures)]
+        rows = [[*self.label(one), str(len(one.get("seeds") or [])),
+                 *(figure_text(self.measured(one, task, metric), lambda value, metric=metric: metric_text(metric, value))
+                   for task, metric in self.tasks),
+                 *(figure_text(mapping(mapping(one.get("figures")).get(name)), FIGURES[name][1]) for name in self.figures)]
+                for one in self.configurations]
+        return header, rows
+
+    def sections(self) -> list[dict]:
+        sections = []
+        for task, metric in self.tasks:
+            found = [(", ".join(self.label(one)) or self.name, number(self.measured(one, task, metric).get("median")))
+                     for one in self.configurations]
+            found = [(label, value) for label, value in found if value is not None]
+            if found:
+                picture = pictures.bars([label for label, _ in found], [value for _, value in found],
+                                        [metric_text(metric, value) for _, value in found],
+                                        f"{metric} on {task} by configuration")
+                sections.append({"title": f"{metric.capitalize()} on {task}", "picture": Markup(picture),
+                                 "note": "the median over the seeds of each configuration"})
+        return sections
+
+
 # ------------------------------------------------------------------------------- the page
-def render(run: Run) -> str:
+def page(**content: Any) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("report.html.j2")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(**content)
+
+
+def render_sweep(sweep: Sweep) -> str:
+    header, rows = sweep.table()
+    several = any(len(one.get("seeds") or []) > 1 for one in sweep.configurations)
+    return page(name=sweep.name, table="Configurations", header=header, rows=rows, text_columns=len(sweep.swept),
+                note="of several seeds: median (mean ± standard deviation of a sample, n − 1)" if several else "",
+                sections=sweep.sections())
+
+
+def render(run: Run) -> str:
     header, rows = stage_table(run)
     cost = cost_section(run)
-    return template.render(
-        name=run.name, failure=run.failure, facts=run_facts(run), header=header, rows=rows,
+    return page(
+        name=run.name, table="Stages", text_columns=3, failure=run.failure, facts=run_facts(run), header=header, rows=rows,
         sections=[*evaluation_section(run), *prune_sections(run), *retrain_sections(run), *compress_sections(run),
                   *([cost] if cost else [])],
         config=run.config_text, environment=json.dumps(run.environment, indent=2, ensure_ascii=False) if run.environment else "")
@@ -439,14 +511,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.run_dir.is_dir():
         sys.exit(f"espalier: {arguments.run_dir} is no directory; give the run.dir of a run")
-    run = Run(arguments.run_dir)
+    swept = (arguments.run_dir / "summary.json").exists()
+    run = Sweep(arguments.run_dir) if swept else Run(arguments.run_dir)
     target = arguments.run_dir / "report.html"
     scratch = target.with_name(f".report.html.{os.getpid()}")
-    scratch.write_text(render(run), encoding="utf-8")
+    scratch.write_text(render_sweep(run) if swept else render(run), encoding="utf-8")
     scratch.rename(target)
     if arguments.table:
-        print(terminal_table(*stage_table(run)))
-        if run.failure:
+        print(terminal_table(*run.table(), text_columns=len(run.swept)) if swept else terminal_table(*stage_table(run)))
+        if not swept and run.failure:
             print(f"failed in {run.failure.get('stage', '?')}: {run.failure.get('message', '')}")
     print(f"report: {target.resolve()}")
 

@@ -33,6 +33,7 @@ flags
   -m, --multirun        a sweep: comma lists, range(), choice(), glob() in overrides
   --cfg job|all         print the composed configuration; --resolve replaces interpolations
   --info defaults       print the defaults list that was composed
+  --plan                check everything as a run does, print what each stage will do, write nothing
   --help, --version
 
 overrides
@@ -91,7 +92,7 @@ CommandLine read_command_line(int count, char** arguments) {
     } else if (word == "--version") {
       line.wish = CommandLine::Wish::version;
     } else if (word == "--plan") {
-      throw UserError("--plan is not in this version");
+      line.plan = true;
     } else if (word.starts_with("-")) {
       throw UserError(fmt::format("{} is no flag of espalier; see --help", word));
     } else {

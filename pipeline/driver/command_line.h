@@ -13,6 +13,7 @@ struct CommandLine {
   enum class Wish { run, help, configuration, defaults, version, decode };
   Wish wish = Wish::run;
   bool multirun = false, resolve = false;
+  bool plan = false;  ///< tell what the run would do instead of doing it
   config::Request request;
   std::vector<std::string> decode;  ///< BASE RESIDUAL... OUT
 };

@@ -4,12 +4,14 @@
 
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <optional>
 
 #include "pipeline/comm/communicator.h"
 #include "pipeline/driver/command_line.h"
 #include "pipeline/driver/run.h"
 #include "pipeline/driver/signals.h"
+#include "pipeline/driver/sweep_summary.h"
 #include "pipeline/errors.h"
 #include "pipeline/linalg/product.h"
 #include "stages/compress/decode.h"
@@ -22,6 +24,11 @@ using driver::CommandLine;
 /// What changes no result names no directory: the same sweep started with other threads goes on.
 bool changes_no_result(const std::string& key) {
   return key == "run.resume" || key == "run.dir" || key == "cluster" || key.starts_with("cluster.");
+}
+
+/// Where the members of a sweep lie.
+std::filesystem::path sweep_directory(const config::Composition& member) {
+  return fmt::format("outputs/{}-sweep", member.root().child("run").text("name"));
 }
 
 /// In a sweep each member has a directory of its own, named by its overrides.
@@ -43,22 +50,49 @@ config::Composition compose_member(config::Request request,
     if (c == '\'' || c == '\\') quoted += '\\';
     quoted += c;
   }
-  const std::string name = composition.root().child("run").text("name");
-  request.overrides.push_back(fmt::format("run.dir='outputs/{}-sweep/{}'", name, quoted));
+  request.overrides.push_back(
+      fmt::format("run.dir='{}/{}'", sweep_directory(composition).string(), quoted));
   return config::compose(request);
+}
+
+/// The members that lie in one directory.
+struct Sweep {
+  driver::SharedStages shared;
+  std::vector<driver::SweepMember> members = {};
+};
+
+driver::SweepMember member_of(const config::Composition& composition,
+                              const std::vector<std::string>& overrides) {
+  const config::Section run = composition.root().child("run");
+  return {overrides, static_cast<uint64_t>(run.integer_or("seed", 0, {.low = 0})), run.text("dir")};
 }
 
 void run(const CommandLine& line, std::optional<comm::Communicator>& group) {
   const auto members = line.multirun
                            ? config::expand_sweep(line.request)
                            : std::vector<std::vector<std::string>>{line.request.overrides};
+  std::map<std::filesystem::path, Sweep> sweeps;  // several when run.name is swept
   for (const auto& overrides : members) {
     const config::Composition composition = compose_member(line.request, overrides, line.multirun);
     const double timeout =
         composition.root().child("cluster").number("timeout_seconds", {.low = 0, .low_open = true});
     group = comm::Communicator::world(timeout);
-    driver::carry_out(composition, *group);
+    if (line.plan) {
+      driver::plan(composition, *group);
+      continue;
+    }
+    if (!line.multirun) {
+      driver::carry_out(composition, *group);
+      continue;
+    }
+    const auto directory = sweep_directory(composition);
+    Sweep& sweep =
+        sweeps.try_emplace(directory, Sweep{driver::SharedStages(directory)}).first->second;
+    driver::carry_out(composition, *group, &sweep.shared);
+    sweep.members.push_back(member_of(composition, overrides));
   }
+  for (const auto& [directory, sweep] : sweeps)
+    if (group->is_root()) driver::write_summary(directory, sweep.members);
 }
 
 void print(const CommandLine& line) {

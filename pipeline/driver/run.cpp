@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "pipeline/driver/machine.h"
+#include "pipeline/driver/plan.h"
 #include "pipeline/driver/plan_of_run.h"
 #include "pipeline/driver/run_directory.h"
 #include "pipeline/driver/spread.h"
@@ -33,9 +34,13 @@ struct Running {
   const Shared& shared;
   const std::vector<Entry>& entries;
   RunContext run;
+  SharedStages* siblings;                  ///< of a sweep; null: none
   std::map<std::string, fs::path> models;  ///< by entry name, "start", "retrain.input"
   std::string chain;                       ///< hash of everything before the entry
-  TokenSetChecksums token_sets;
+  TokenSetChecksums token_sets = {};
+  /// What `models` are, by the same names: the key of the stage that made the model.
+  std::map<std::string, std::string> model_keys = {};
+  std::map<std::string, std::string> stages = {};  ///< directories of the entries so far, by key
 
   fs::path model_of(const std::string& entry) const {
     const auto found = models.find(entry);
@@ -48,17 +53,32 @@ struct Running {
   }
 };
 
+/// "name=key" for every model that a configuration names: in another pipeline of a sweep the same
+/// name may stand for another model.
+std::string named_models(const Running& running, const json& configuration) {
+  std::string names;
+  for (const auto& [key, value] : configuration.items()) {
+    if (value.is_structured()) names += named_models(running, value);
+    if (!value.is_string() || key == "stage") continue;  // which names a kind of stage
+    const auto model = running.model_keys.find(value.get<std::string>());
+    if (model != running.model_keys.end()) names += " " + model->first + "=" + model->second;
+  }
+  return names;
+}
+
 /// The key hashes configuration, everything before, the data that the stage reads and the numerics;
-/// never ranks or threads.
+/// never ranks or threads, nor the entry's number: members of a sweep have equal stages in
+/// different places.
 std::string key_of(const Running& running, const Entry& entry) {
   const auto& group = running.run.group;
   std::string inputs =
       group.broadcast(group.is_root() ? entry.stage->checksum_of_inputs() : std::string());
   for (const auto& set : entry.stage->token_sets(running.run))
     if (!set.empty()) inputs += " " + running.token_sets.at(set);
-  return io::checksum(fmt::format("{}\n{}\n{}\n{}\n{}\n{}\n{}", kNumericsVersion, entry.kind,
-                                  entry.canonical, entry.from, running.chain,
-                                  static_cast<int>(running.run.dtype), inputs));
+  return io::checksum(fmt::format("{}\n{}\n{}\n{}\n{}\n{}\n{}\n{}", kNumericsVersion, entry.kind,
+                                  entry.canonical, running.model_keys.at(entry.from),
+                                  named_models(running, json::parse(entry.canonical)),
+                                  running.chain, static_cast<int>(running.run.dtype), inputs));
 }
 
 /// What a stage wrote outside its directory (an export to a directory of the person's own).
@@ -89,8 +109,9 @@ std::string damage_of(const fs::path& directory, const std::optional<io::Manifes
 }
 
 /// Clears what does not stand, but keeps the state of the very same stage to go on from. On rank 0.
-void prepare_directory(const fs::path& directory, bool finished, const std::string& key) {
+void prepare_directory(const fs::path& directory, const std::string& key) {
   const fs::path key_file = directory / "state" / "key";
+  const bool finished = fs::exists(directory / "manifest.json");
   const bool same_state = !finished && fs::exists(key_file) && io::read_file(key_file) == key;
   if (!same_state) {
     fs::remove_all(directory);
@@ -99,7 +120,7 @@ void prepare_directory(const fs::path& directory, bool finished, const std::stri
   io::remove_leftovers(directory);
 }
 
-/// True when the stage stands as an earlier start left it; else its directory is ready for it.
+/// True when the stage stands as an earlier start left it.
 bool stands(const Running& running, const Entry& entry, const std::string& key) {
   const auto& group = running.run.group;
   const fs::path directory = running.run.directory / entry.directory;
@@ -113,9 +134,7 @@ bool stands(const Running& running, const Entry& entry, const std::string& key) 
     if (kept) fmt::print("{}  done before, kept\n", entry.directory);
     if (!damage.empty()) fmt::print("{}  {}; the stage is run again\n", entry.directory, damage);
     std::fflush(stdout);
-    if (!kept) prepare_directory(directory, manifest.has_value(), key);
   }
-  group.barrier();
   return kept;
 }
 
@@ -129,32 +148,54 @@ std::vector<int64_t> of_all_ranks(const comm::Communicator& group, int64_t value
   return values;
 }
 
-/// metrics.json, then the manifest: only now the stage is finished. Collective.
-void finish(const Running& running, const Entry& entry, const std::string& key,
-            const StageResult& result, double seconds, int64_t sent_before) {
+/// What is done for a stage from its construction on.
+class Meter {
+ public:
+  explicit Meter(const comm::Communicator& group)
+      : group_(group), sent_before_(group.bytes_sent()) {
+    reset_peak_resident();
+  }
+  /// Collective.
+  void read_into(io::Manifest& manifest) const {
+    const auto now = std::chrono::steady_clock::now();
+    manifest.seconds = std::chrono::duration<double>(now - started_).count();
+    manifest.peak_resident_bytes = of_all_ranks(group_, peak_resident_bytes());
+    manifest.bytes_sent = of_all_ranks(group_, group_.bytes_sent() - sent_before_);
+  }
+
+ private:
+  const comm::Communicator& group_;
+  std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
+  int64_t sent_before_;
+};
+
+/// metrics.json; then what the manifest says of a stage that was computed. Collective.
+void describe(const Running& running, const Entry& entry, const StageResult& result,
+              io::Manifest& manifest) {
   const auto& group = running.run.group;
-  const auto peaks = of_all_ranks(group, peak_resident_bytes());
-  const auto sent = of_all_ranks(group, group.bytes_sent() - sent_before);
   const fs::path directory = running.run.directory / entry.directory;
   if (group.is_root()) io::write_file(directory / "metrics.json", result.metrics.dump(2) + "\n");
-  io::Manifest manifest;
   manifest.outputs = list_outputs(directory, group);
   const json elsewhere = outputs_elsewhere(result, group);
-  if (!group.is_root()) return;
-  manifest.stage = entry.node;
-  manifest.key = key;
-  manifest.status = "finished";
-  manifest.seconds = seconds;
-  manifest.peak_resident_bytes = peaks;
-  manifest.bytes_sent = sent;
   manifest.facts = {{"device", "cpu"},
                     {"backend", group.backend()},
                     {"ranks", group.size()},
                     {"threads_per_rank", running.shared.threads_per_rank},
                     {"products", linalg::product_description()},
+                    {"versions", library_versions()},
                     {"dtype", running.run.dtype == at::kFloat ? "float32" : "bfloat16"},
                     {"kind", entry.kind}};
   if (!elsewhere.is_null()) manifest.facts["elsewhere"] = elsewhere;
+}
+
+/// Writes the manifest: only now the stage is finished.
+void finish(const Running& running, const Entry& entry, const std::string& key,
+            io::Manifest manifest) {
+  if (!running.run.group.is_root()) return;
+  manifest.stage = entry.node;
+  manifest.key = key;
+  manifest.status = "finished";
+  const fs::path directory = running.run.directory / entry.directory;
   io::write_manifest(directory, manifest);
   fs::remove_all(directory / "state");
 }
@@ -178,27 +219,56 @@ fs::path agreed_model(const Running& running, const Entry& entry, const fs::path
   return left;
 }
 
+/// The stage as another member of the sweep left it; false when none did.
+bool taken_over(const Running& running, const Entry& entry, const std::string& key,
+                Progress& progress) {
+  if (running.siblings == nullptr) return false;
+  const auto& group = running.run.group;
+  const Meter meter(group);
+  const WantedStage wanted{running.run.directory, running.shared.model, entry.directory, key,
+                           running.stages,        running.shared.resume};
+  auto manifest = running.siblings->take_over(wanted, group, progress);
+  if (!manifest) return false;
+  meter.read_into(*manifest);
+  finish(running, entry, key, *manifest);
+  return true;
+}
+
+void compute(const Running& running, const Entry& entry, const std::string& key,
+             const fs::path& input, Progress& progress) {
+  const auto& group = running.run.group;
+  const fs::path directory = running.run.directory / entry.directory;
+  if (group.is_root()) prepare_directory(directory, key);
+  group.barrier();
+  const Meter meter(group);
+  StageContext context{
+      running.run, entry.node, directory,
+      input,       progress,   [&](const std::string& name) {
+                         return running.model_of(name); }};
+  const StageResult result = entry.stage->carry_out(context);
+  io::Manifest manifest;
+  meter.read_into(manifest);
+  describe(running, entry, result, manifest);
+  finish(running, entry, key, manifest);
+}
+
 void run_entry(Running& running, const Entry& entry) {
   const auto& group = running.run.group;
   const std::string key = key_of(running, entry);
   const fs::path input = running.model_of(entry.from);
   if (entry.kind == "retrain") running.models["retrain.input"] = input;
   if (!stands(running, entry, key)) {
-    reset_peak_resident();
-    const int64_t sent_before = group.bytes_sent();
-    const auto started = std::chrono::steady_clock::now();
     Progress progress(entry.directory,
                       group.is_root() ? running.run.directory / "metrics.jsonl" : fs::path());
-    StageContext context{
-        running.run, entry.node, running.run.directory / entry.directory,
-        input,       progress,   [&](const std::string& name) { return running.model_of(name); }};
-    const StageResult result = entry.stage->carry_out(context);
-    const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
-    finish(running, entry, key, result, seconds, sent_before);
+    if (!taken_over(running, entry, key, progress)) compute(running, entry, key, input, progress);
   }
   group.barrier();
-  running.models[entry.name] = agreed_model(running, entry, input);
+  const fs::path left = agreed_model(running, entry, input);
+  running.models[entry.name] = left;
+  running.model_keys[entry.name] = left == input ? running.model_keys.at(entry.from) : key;
+  running.stages[key] = entry.directory;
+  if (running.siblings != nullptr && group.is_root())
+    running.siblings->add(key, running.run.directory / entry.directory);
   if (entry.kind != "evaluate" && entry.kind != "export") running.chain = key;
 }
 
@@ -235,42 +305,74 @@ void take_token_sets(Running& running) {
   require_tokenizer(running.token_sets, running.run, running.shared.model);
 }
 
-}  // namespace
-
-void carry_out(const config::Composition& composition, comm::Communicator group) {
-  const config::Section root = composition.root();
-  const Shared shared = read_shared(root);
-  const std::vector<Entry> entries = read_entries(root, shared);
+std::vector<Entry> read_agreed_entries(const config::Composition& composition,
+                                       const config::Section& root, const Shared& shared,
+                                       const comm::Communicator& group) {
+  std::vector<Entry> entries = read_entries(root, shared);
   group.require_same("configuration", composition.json(true));
   group.require_same("library versions", library_versions());
+  return entries;
+}
 
-  Workers workers(shared.threads_per_rank, linalg::one_library_thread);
-  Running running{shared,
-                  entries,
-                  {group, &workers, shared.run_directory, shared.seed, shared.dtype,
-                   shared.calibration_data, shared.train_data, shared.memory_bytes},
-                  {{"start", shared.model}},
-                  start_of_chain(shared),
-                  {}};
-  group.require_same("model", running.chain);
-  for (const auto& entry : entries) entry.stage->check(running.run, shared.model);
-  take_token_sets(running);
+/// A run that has been read and checked; nothing is written yet. Collective.
+struct Prepared {
+  config::Section root;  // one for all readers: what none of them read is refused
+  Shared shared;
+  std::vector<Entry> entries;
+  Workers workers;
+  Running running;
+
+  Prepared(const config::Composition& composition, const comm::Communicator& group,
+           SharedStages* siblings)
+      : root(composition.root()),
+        shared(read_shared(root)),
+        entries(read_agreed_entries(composition, root, shared, group)),
+        workers(shared.threads_per_rank, linalg::one_library_thread),
+        running{shared,
+                entries,
+                {group, &workers, shared.run_directory, shared.seed, shared.dtype,
+                 shared.calibration_data, shared.train_data, shared.memory_bytes},
+                siblings,
+                {{"start", shared.model}},
+                start_of_chain(shared)} {
+    group.require_same("model", running.chain);
+    running.model_keys["start"] = running.chain;
+    for (const auto& entry : entries) entry.stage->check(running.run, shared.model);
+    take_token_sets(running);
+  }
+};
+
+}  // namespace
+
+void carry_out(const config::Composition& composition, comm::Communicator group,
+               SharedStages* siblings) {
+  Prepared prepared(composition, group, siblings);
+  const Shared& shared = prepared.shared;
   if (group.is_root()) open_run_directory(composition, shared, group);
   group.barrier();
   const fs::path environment = shared.run_directory / "environment.json";
   group.require_same("run directory (it must lie on a file system that all ranks share)",
                      fs::exists(environment) ? io::read_file(environment) : "absent");
-  for (const auto& entry : entries) {
+  for (const auto& entry : prepared.entries) {
     try {
-      run_entry(running, entry);
+      run_entry(prepared.running, entry);
     } catch (const Requeue&) {
       throw;
     } catch (const std::exception& error) {
-      write_failure(running, entry, error.what());
+      write_failure(prepared.running, entry, error.what());
       throw;
     }
   }
-  if (group.is_root()) print_table(shared.run_directory, entries);
+  if (group.is_root()) print_table(shared.run_directory, prepared.entries);
+}
+
+void plan(const config::Composition& composition, comm::Communicator group) {
+  const Prepared prepared(composition, group, nullptr);
+  if (group.is_root()) {
+    check_run_directory(composition, prepared.shared);
+    print_plan(prepared.entries, prepared.shared, prepared.running.run);
+  }
+  group.barrier();
 }
 
 }  // namespace espalier::driver

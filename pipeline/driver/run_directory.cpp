@@ -45,12 +45,6 @@ std::string first_difference(const json& before, const json& now) {
   return "";
 }
 
-bool is_stage_directory(const fs::path& path) {
-  const std::string name = path.filename().string();
-  return fs::is_directory(path) && name.size() > 3 && std::isdigit(name[0]) &&
-         std::isdigit(name[1]) && name.find('-') != std::string::npos;
-}
-
 void remove_earlier_run(const fs::path& directory) {
   for (const auto& entry : fs::directory_iterator(directory))
     if (is_stage_directory(entry.path())) fs::remove_all(entry.path());
@@ -61,30 +55,38 @@ void remove_earlier_run(const fs::path& directory) {
 
 }  // namespace
 
+bool is_stage_directory(const fs::path& path) {
+  const std::string name = path.filename().string();
+  return fs::is_directory(path) && name.size() > 3 && std::isdigit(name[0]) &&
+         std::isdigit(name[1]) && name.find('-') != std::string::npos;
+}
+
+void check_run_directory(const config::Composition& composition, const Shared& shared) {
+  const fs::path& directory = shared.run_directory;
+  const fs::path environment_file = directory / "environment.json";
+  io::require_space(directory, 1 << 20);
+  if (!fs::exists(environment_file) || !shared.resume) return;
+  const json environment = json::parse(io::read_file(environment_file), nullptr, false);
+  if (environment.is_discarded() || !environment.contains("configuration"))
+    throw UserError(
+        fmt::format("{}: cannot be read; choose another run.dir or pass "
+                    "run.resume=false",
+                    environment_file.string()));
+  const std::string difference = first_difference(
+      environment["configuration"], without_free_keys(json::parse(composition.json(true))));
+  if (!difference.empty())
+    throw UserError(
+        fmt::format("{}: the run was started with {}; choose another run.dir or pass "
+                    "run.resume=false",
+                    directory.string(), difference));
+}
+
 void open_run_directory(const config::Composition& composition, const Shared& shared,
                         const comm::Communicator& group) {
   const fs::path& directory = shared.run_directory;
   const fs::path environment_file = directory / "environment.json";
-  io::require_space(directory, 1 << 20);
-  const json configuration = without_free_keys(json::parse(composition.json(true)));
-  if (fs::exists(environment_file)) {
-    if (!shared.resume) {
-      remove_earlier_run(directory);
-    } else {
-      const json environment = json::parse(io::read_file(environment_file), nullptr, false);
-      if (environment.is_discarded() || !environment.contains("configuration"))
-        throw UserError(
-            fmt::format("{}: cannot be read; choose another run.dir or pass "
-                        "run.resume=false",
-                        environment_file.string()));
-      const std::string difference = first_difference(environment["configuration"], configuration);
-      if (!difference.empty())
-        throw UserError(
-            fmt::format("{}: the run was started with {}; choose another run.dir or pass "
-                        "run.resume=false",
-                        directory.string(), difference));
-    }
-  }
+  check_run_directory(composition, shared);
+  if (fs::exists(environment_file) && !shared.resume) remove_earlier_run(directory);
   io::remove_leftovers(directory);
   fs::remove(directory / "failure.json");
   json environment = describe_machine();
@@ -92,7 +94,7 @@ void open_run_directory(const config::Composition& composition, const Shared& sh
   environment["threads_per_rank"] = shared.threads_per_rank;
   environment["device"] = "cpu";
   environment["backend"] = group.backend();
-  environment["configuration"] = configuration;
+  environment["configuration"] = without_free_keys(json::parse(composition.json(true)));
   io::write_file(directory / "config.yaml", composition.yaml(true));
   io::write_file(environment_file, environment.dump(2) + "\n");
 }

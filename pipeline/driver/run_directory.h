@@ -10,10 +10,17 @@
 
 namespace espalier::driver {
 
+/// Throws UserError when the directory holds a run of another configuration that would have to be
+/// gone on with, EnvironmentError when it cannot be written. Leaves nothing. By rank 0 alone.
+void check_run_directory(const config::Composition& composition, const Shared& shared);
+
 /// By rank 0 alone. Throws UserError naming the first key that differs and both values when the
 /// directory holds a run of another configuration (cluster and run.resume may differ); with
 /// resume = false an earlier run's files are removed instead.
 void open_run_directory(const config::Composition& composition, const Shared& shared,
                         const comm::Communicator& group);
+
+/// Whether it is a directory with the name of an entry's ("03-evaluate").
+bool is_stage_directory(const std::filesystem::path& path);
 
 }  // namespace espalier::driver

@@ -52,6 +52,12 @@ struct StageResult {
   std::vector<std::string> files_elsewhere = {};
 };
 
+/// What --plan says of a stage: sentences, then a table whose first row holds the titles.
+struct StagePlan {
+  std::vector<std::string> lines;
+  std::vector<std::vector<std::string>> table = {};
+};
+
 /// One stage of one run: configured (and checked) before anything runs, then carried out.
 class Stage {
  public:
@@ -60,6 +66,9 @@ class Stage {
   /// be refused before work begins. Throws UserError.
   virtual void check(const RunContext& run, const std::filesystem::path& start_model) const = 0;
   virtual StageResult carry_out(StageContext& context) const = 0;
+  /// What carry_out() will do, told from settings, names and shapes once check() has passed; of the
+  /// model the *run starts from*, whose shapes the stages before this one keep. On rank 0.
+  virtual StagePlan plan(const RunContext& run, const std::filesystem::path& start_model) const = 0;
   /// The token sets it reads: when one changes the stage is run again, and each must come from the
   /// model's tokenizer. Empty paths are passed over.
   virtual std::vector<std::filesystem::path> token_sets(const RunContext&) const { return {}; }

@@ -75,6 +75,8 @@ class Checkpoint {
 
 /// Writes `derived.json` into `directory` (after the tensor files are complete).
 void write_derived(const std::filesystem::path& directory, const Checkpoint& base);
+/// Lets the derived.json of `directory` name the same base in another place.
+void rebase_derived(const std::filesystem::path& directory, const std::filesystem::path& base);
 
 constexpr int64_t kShardBytes = int64_t{5} << 30;
 

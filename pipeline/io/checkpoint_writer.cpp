@@ -8,6 +8,7 @@
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/io/checkpoint_layout.h"
+#include "pipeline/io/json.h"
 
 namespace espalier::io {
 namespace {
@@ -160,6 +161,14 @@ void write_derived(const std::filesystem::path& directory, const Checkpoint& bas
                         {"base_checksum", base.tensors_checksum()},
                         {"base_fingerprint", base.fingerprint()}};
   write_file(directory / kDerivedFile, content.dump(2) + "\n");
+}
+
+void rebase_derived(const std::filesystem::path& directory, const std::filesystem::path& base) {
+  const fs::path file = directory / kDerivedFile;
+  const json before = parse_json(read_file(file, kMaxConfigBytes), file.string());
+  json content = before;
+  content["base"] = base_path(directory, base);
+  if (content != before) write_file(file, content.dump(2) + "\n");
 }
 
 struct DenseExport::Plan {

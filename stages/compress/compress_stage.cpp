@@ -122,6 +122,26 @@ class CompressStage : public driver::Stage {
     return fingerprints;
   }
 
+  driver::StagePlan plan(const driver::RunContext&, const fs::path& start_model) const override {
+    const std::string base =
+        options_.base.value_or("the model that the last retrain stage took, else start");
+    if (options_.sums())
+      return {{fmt::format("sum of {} residuals on {}", options_.summands.files.size(), base)}};
+    const Settings& settings = options_.settings;
+    const bool given = options_.fine_tuned != "previous";
+    const int64_t bytes =
+        io::Checkpoint::open(given ? fs::path(options_.fine_tuned) : start_model).bytes();
+    std::string size = "every matrix whole";
+    if (settings.rank) size = fmt::format("mean truncation rank {}", *settings.rank);
+    if (settings.budget)
+      size = fmt::format("at most {} bytes ({:.4g} % of a model of {})",
+                         static_cast<int64_t>(*settings.budget * static_cast<double>(bytes)),
+                         100 * *settings.budget, bytes);
+    return {{fmt::format("{}, {} bits: {}", settings.method, settings.bits, size),
+             fmt::format("of {} against {}", given ? options_.fine_tuned : "the model it takes",
+                         base)}};
+  }
+
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const auto base = io::Checkpoint::open(base_of(context));
     driver::StageResult result;

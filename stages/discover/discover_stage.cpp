@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "pipeline/driver/stage.h"
+#include "pipeline/driver/text_table.h"
 #include "pipeline/errors.h"
 #include "stages/discover/index_sets.h"
 
@@ -30,6 +31,26 @@ class DiscoverStage : public driver::Stage {
                                     cardinality_, target.rows * target.columns, target.name));
       method_->check(target.name, target.rows, target.columns);
     }
+  }
+
+  driver::StagePlan plan(const driver::RunContext&,
+                         const std::filesystem::path& start_model) const override {
+    const model::Architecture architecture =
+        model::read_architecture(io::Checkpoint::open(start_model));
+    const auto targets = target_matrices(architecture, targets_);
+    std::vector<driver::BlockRow> rows;
+    for (const TargetMatrix& target : targets)
+      rows.push_back(
+          {target.block,
+           architecture.block_prefix,
+           "." + target.layer.name,
+           {fmt::format("{} x {}", target.rows, target.columns), fmt::format("{}", cardinality_)}});
+    driver::StagePlan plan{{fmt::format("{}: {} positions in each of {} matrices, {} in all",
+                                        method_name_, cardinality_, targets.size(),
+                                        cardinality_ * static_cast<int64_t>(targets.size()))},
+                           driver::folded_rows(rows)};
+    plan.table.insert(plan.table.begin(), {"matrix", "shape", "positions"});
+    return plan;
   }
 
   driver::StageResult carry_out(driver::StageContext& context) const override {

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
@@ -97,6 +98,13 @@ class Classification : public Measurement {
     for (const std::string& metric : data::metrics_of_task(set)) event[metric] = metrics.at(metric);
     context.progress.metric(event);
     return row;
+  }
+
+  std::string plan() const override {
+    const data::TokenSet set = data::TokenSet::open(file);
+    const std::vector<std::string> metrics = data::metrics_of_task(set);
+    return fmt::format("{} of {} rows, {} tokens", fmt::join(metrics, " and "), set.documents(),
+                       tokens_of(set));
   }
 
  private:

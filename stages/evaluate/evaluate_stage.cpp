@@ -63,6 +63,13 @@ class EvaluateStage : public driver::Stage {
     return sets;
   }
 
+  driver::StagePlan plan(const driver::RunContext&, const std::filesystem::path&) const override {
+    driver::StagePlan plan;
+    for (const auto& task : tasks_)
+      plan.lines.push_back(task->name + ": " + task->plan() + " of " + task->file.string());
+    return plan;
+  }
+
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
     const model::Architecture architecture = model::read_architecture(checkpoint);

@@ -29,6 +29,9 @@ class Measurement {
                                  const model::Architecture& architecture,
                                  const model::TensorCounts& counts) const = 0;
 
+  /// What measure() will score: "perplexity of 20 segments of 2048 tokens". check() has passed.
+  virtual std::string plan() const = 0;
+
   std::string name;            ///< the key under evaluate.tasks
   std::filesystem::path file;  ///< the data set it reads
 };

@@ -107,6 +107,11 @@ class MultipleChoice : public Measurement {
     return result;
   }
 
+  std::string plan() const override {
+    const data::TokenSet set = data::TokenSet::open(file);
+    return fmt::format("accuracy in {} questions, {} choices", set.questions(), set.documents());
+  }
+
  private:
   data::TokenSet open(const model::Architecture& architecture,
                       const std::filesystem::path& model) const {

@@ -82,6 +82,11 @@ class Perplexity : public Measurement {
     return row;
   }
 
+  std::string plan() const override {
+    return fmt::format("perplexity of {} segments of {} tokens",
+                       segments_of(data::TokenSet::open(file)), length_);
+  }
+
  private:
   /// How many segments are scored. Throws UserError when the set has fewer than asked, or none.
   int64_t segments_of(const data::TokenSet& set) const {

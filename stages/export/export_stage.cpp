@@ -52,6 +52,22 @@ class ExportStage : public driver::Stage {
     io::require_space(target, io::Checkpoint::open(start_model).bytes());
   }
 
+  driver::StagePlan plan(const driver::RunContext& run,
+                         const fs::path& start_model) const override {
+    const io::Checkpoint model = io::Checkpoint::open(start_model);
+    const fs::path target = directory_ ? fs::path(*directory_) : run.directory;
+    int64_t bytes = 0;
+    for (const auto& name : model.names()) {
+      const io::TensorInfo& info = model.info(name);
+      const bool cast = at::isFloatingType(info.dtype);
+      bytes += info.bytes() / static_cast<int64_t>(c10::elementSize(info.dtype)) *
+               static_cast<int64_t>(c10::elementSize(cast ? run.dtype : info.dtype));
+    }
+    return {{fmt::format("dense: {} tensors of {} bytes in {}, into {}", model.names().size(),
+                         bytes, run.dtype == at::kFloat ? "float32" : "bfloat16",
+                         directory_ ? target.string() : "its own directory")}};
+  }
+
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const comm::Communicator& group = context.run.group;
     const fs::path target = directory_ ? fs::path(*directory_) : context.directory / "model";

@@ -71,6 +71,11 @@ struct Workspace {
   GradientWorkspace gradients;
 };
 
+/// Unstructured: how many of a matrix's weights stay.
+int64_t kept_of(const Pattern& pattern, int64_t entries) {
+  return std::llround((1 - pattern.sparsity) * static_cast<double>(entries));
+}
+
 at::Tensor as_matrix(std::vector<float>& values, const TileView& view) {
   values.resize(static_cast<size_t>(view.size));
   return at::from_blob(values.data(), {view.rows, view.columns}, at::kFloat);
@@ -169,10 +174,8 @@ void Solver::restart(const TileView& view, const Tile& tile, TileState& state) c
 
 void Solver::start() {
   for (size_t t = 0; t < tasks_.size(); ++t) {
-    const double stays =
-        (1 - tasks_[t].pattern.sparsity) * static_cast<double>(tasks_[t].weight.numel());
     schedules_.emplace_back().rho = options_.rho;
-    schedules_[t].keep = std::llround(stays);
+    schedules_[t].keep = kept_of(tasks_[t].pattern, tasks_[t].weight.numel());
     schedules_[t].active = !keeps_all(t);
     set_rho(t);
   }
@@ -303,6 +306,11 @@ class Alps : public PruningMethod {
         damping_(section.number_or("damping", 0.01, {.low = 0, .high = 100})) {}
   Needs needs() const override { return {.gram = true, .bytes_per_weight = 26}; }
   bool moves_weights() const override { return true; }
+  std::optional<int64_t> zeros(const Pattern& pattern, int64_t rows,
+                               int64_t columns) const override {
+    if (!pattern.unstructured()) return PruningMethod::zeros(pattern, rows, columns);
+    return rows * columns - kept_of(pattern, rows * columns);
+  }
   void prune(BlockWork& work) override;
 
  private:

@@ -1,7 +1,5 @@
 #include <ATen/ATen.h>
 
-#include <cmath>
-
 #include "stages/prune/kernels.h"
 #include "stages/prune/matrix_pruning.h"
 #include "stages/prune/method.h"
@@ -13,6 +11,11 @@ namespace {
 
 class Magnitude : public PruningMethod {
  public:
+  std::optional<int64_t> zeros(const Pattern& pattern, int64_t rows,
+                               int64_t columns) const override {
+    if (!pattern.unstructured()) return PruningMethod::zeros(pattern, rows, columns);
+    return pattern.removed_of(rows * columns);
+  }
   void prune(BlockWork& work) override {
     prune_magnitude(work.tasks, work.keep_zeros, work.workers(), work.group());
   }
@@ -35,8 +38,7 @@ void prune_magnitude(std::span<MatrixTask> tasks, bool keep_zeros, Workers& work
   });
   std::vector<int64_t> count;
   for (const MatrixTask& task : tasks)
-    count.push_back(static_cast<int64_t>(
-        std::floor(static_cast<double>(task.weight.numel()) * task.pattern.sparsity)));
+    count.push_back(task.pattern.removed_of(task.weight.numel()));
   mark_smallest_of_matrices(tasks, tiles, score, count, workers, group);
   for_each_tile(tasks, tiles, workers, [&](const TileView& view, const Tile&, int64_t, int) {
     if (keep_zeros) mark_zeros(view);

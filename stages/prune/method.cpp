@@ -46,6 +46,12 @@ void refuse_keys_of_others(const config::Section& section, const std::string& me
 
 }  // namespace
 
+std::optional<int64_t> PruningMethod::zeros(const Pattern& pattern, int64_t rows,
+                                            int64_t columns) const {
+  if (pattern.unstructured()) return std::nullopt;
+  return rows * columns / pattern.group * (pattern.group - pattern.keep);
+}
+
 at::Tensor BlockWork::take_gram(int64_t input) {
   at::Tensor& gram = statistics[static_cast<size_t>(input)].gram;
   if (keep_statistics) return gram.clone();

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -78,6 +79,9 @@ class PruningMethod {
   virtual bool prunes_pooler() const { return false; }
   /// Called before the first block, also when a run goes on. Collective.
   virtual void prepare(const ModelWork&) {}
+  /// How many weights of a [rows, columns] matrix without zeros `pattern` removes; nothing where
+  /// the data decides.
+  virtual std::optional<int64_t> zeros(const Pattern& pattern, int64_t rows, int64_t columns) const;
   /// Masks and prunes this rank's tiles of every task (see matrix_pruning.h). Collective.
   virtual void prune(BlockWork& work) = 0;
   /// pattern heads: of every query head that the block has; the lowest go. One unit, on one worker.

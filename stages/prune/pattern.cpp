@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <charconv>
+#include <cmath>
 
 #include "pipeline/errors.h"
 
@@ -18,6 +19,10 @@ bool whole_number(const std::string& text, int64_t& value) {
 }
 
 }  // namespace
+
+int64_t Pattern::removed_of(int64_t entries) const {
+  return static_cast<int64_t>(std::floor(static_cast<double>(entries) * sparsity));
+}
 
 std::string Pattern::name() const {
   if (heads > 0) return "heads";

@@ -13,6 +13,8 @@ struct Pattern {
   int64_t heads = 0;            ///< of every block that go; 0: weights go
 
   bool unstructured() const { return group == 0; }
+  /// Unstructured: how many of so many weights go, floor(entries * sparsity).
+  int64_t removed_of(int64_t entries) const;
   std::string name() const;  ///< "unstructured", "2:4" or "heads"
 };
 

@@ -23,6 +23,7 @@
 #include "stages/prune/head_removal.h"
 #include "stages/prune/method.h"
 #include "stages/prune/options.h"
+#include "stages/prune/plan.h"
 
 namespace espalier::prune {
 namespace {
@@ -38,6 +39,16 @@ class PruneStage : public driver::Stage {
   void check(const driver::RunContext& run,
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
+  driver::StagePlan plan(const driver::RunContext& run,
+                         const std::filesystem::path& start_model) const override {
+    driver::StagePlan plan = plan_of(method_name_, *method_, options_,
+                                     model::read_architecture(io::Checkpoint::open(start_model)));
+    if (needs_calibration())
+      plan.lines.push_back(fmt::format("calibration: {} sequences of {} tokens of {}",
+                                       options_.samples, options_.sequence_length,
+                                       run.calibration_data.string()));
+    return plan;
+  }
   std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
     if (!needs_calibration()) return {};
     return {run.calibration_data};

@@ -135,8 +135,8 @@ void Solver::solve_column_block(int64_t first) {
     const int64_t rows = tasks[t].weight.size(0), columns = tasks[t].weight.size(1);
     if (!has_block(tasks[t], first)) continue;
     selection_of[t] = static_cast<int64_t>(batch.size());
-    const auto entries = static_cast<double>(rows * width_at(first, columns));
-    batch.push_back({{}, static_cast<int64_t>(std::floor(entries * tasks[t].pattern.sparsity))});
+    const int64_t entries = rows * width_at(first, columns);
+    batch.push_back({{}, tasks[t].pattern.removed_of(entries)});
   }
   for (size_t i = 0; i < active.size(); ++i)
     batch[selection_of[active[i].task]].pieces.push_back(score[i]);

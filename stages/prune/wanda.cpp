@@ -25,6 +25,12 @@ class Wanda : public PruningMethod {
                                 "fixes it; choose pattern unstructured or variant false",
                                 pattern.name()));
   }
+  std::optional<int64_t> zeros(const Pattern& pattern, int64_t rows,
+                               int64_t columns) const override {
+    if (!pattern.unstructured()) return PruningMethod::zeros(pattern, rows, columns);
+    if (cumulative_) return std::nullopt;
+    return rows * pattern.removed_of(columns);
+  }
   void prune(BlockWork& work) override {
     std::vector<std::vector<float>> norms;
     for (const InputStatistics& input : work.statistics) norms.push_back(input.norms);
@@ -52,10 +58,8 @@ void check_norms(std::span<const MatrixTask> tasks, std::span<const std::vector<
 
 void mark_tile(const Pattern& pattern, const float* score, const TileView& view) {
   if (pattern.unstructured())
-    mark_smallest_in_rows(
-        score, view.rows, view.columns,
-        static_cast<int64_t>(std::floor(static_cast<double>(view.columns) * pattern.sparsity)),
-        view.pruned);
+    mark_smallest_in_rows(score, view.rows, view.columns, pattern.removed_of(view.columns),
+                          view.pruned);
   else
     mark_smallest_in_groups(score, view.rows, view.columns, pattern, view.pruned);
 }

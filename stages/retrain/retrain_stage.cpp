@@ -14,6 +14,7 @@
 #include "stages/retrain/difference.h"
 #include "stages/retrain/merge.h"
 #include "stages/retrain/options.h"
+#include "stages/retrain/plan.h"
 #include "stages/retrain/start.h"
 #include "stages/retrain/training_data.h"
 #include "stages/retrain/validation.h"
@@ -50,6 +51,8 @@ class RetrainStage : public driver::Stage {
   void check(const driver::RunContext& run,
              const std::filesystem::path& start_model) const override;
   driver::StageResult carry_out(driver::StageContext& context) const override;
+  driver::StagePlan plan(const driver::RunContext& run,
+                         const std::filesystem::path& start_model) const override;
   std::string checksum_of_inputs() const override;
   std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
     if (options_.validate.data) return {run.train_data, *options_.validate.data};
@@ -57,6 +60,10 @@ class RetrainStage : public driver::Stage {
   }
 
  private:
+  /// What the method will train, the head's parameters in `head_parameters`.
+  Selection trained(const driver::RunContext& run, const io::Checkpoint& checkpoint,
+                    const model::Architecture& architecture, const TrainingData& data,
+                    int64_t* head_parameters = nullptr) const;
   Sets open_sets(const driver::RunContext& run, const model::Architecture& architecture,
                  const std::filesystem::path& model) const;
   ModelOptions model_options(const driver::StageContext& context, const io::Checkpoint& checkpoint,
@@ -134,21 +141,28 @@ Sets RetrainStage::open_sets(const driver::RunContext& run, const model::Archite
   return sets;
 }
 
+Selection RetrainStage::trained(const driver::RunContext& run, const io::Checkpoint& checkpoint,
+                                const model::Architecture& architecture, const TrainingData& data,
+                                int64_t* head_parameters) const {
+  std::vector<std::string> head;
+  if (data.labelled())
+    for (const model::HeadTensor& tensor :
+         model::load_sequence_head(checkpoint, architecture, data.logits(), run.seed, true)
+             .tensors) {
+      head.push_back(tensor.name);
+      if (head_parameters != nullptr) *head_parameters += tensor.value.numel();
+    }
+  return select(checkpoint, architecture, *method_, options_.targets, head);
+}
+
 void RetrainStage::check(const driver::RunContext& run,
                          const std::filesystem::path& start_model) const {
   const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
   const model::Architecture architecture = model::read_architecture(checkpoint);
   const Sets sets = open_sets(run, architecture, start_model);
   schedule_of(options_, options_.total_steps(sets.train.epoch_sequences()));
-  std::vector<std::string> head;
-  if (sets.train.labelled())
-    for (const model::HeadTensor& tensor :
-         model::load_sequence_head(checkpoint, architecture, sets.train.logits(), run.seed, true)
-             .tensors)
-      head.push_back(tensor.name);
   int64_t weights = 0;
-  for (const Matrix& matrix :
-       select(checkpoint, architecture, *method_, options_.targets, head).matrices) {
+  for (const Matrix& matrix : trained(run, checkpoint, architecture, sets.train).matrices) {
     method_->check(architecture.weight_name(matrix.block, matrix.linear), matrix.linear.out,
                    matrix.linear.in);
     weights += matrix.linear.out * matrix.linear.in;
@@ -158,6 +172,27 @@ void RetrainStage::check(const driver::RunContext& run,
     StoredAdapter::read(adapter_file_of(*options_.adapter_from))
         .require_method({options_.method, options_.settings, {}});
   io::require_space(run.directory, weights * static_cast<int64_t>(c10::elementSize(run.dtype)));
+}
+
+driver::StagePlan RetrainStage::plan(const driver::RunContext& run,
+                                     const std::filesystem::path& start_model) const {
+  const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
+  const model::Architecture architecture = model::read_architecture(checkpoint);
+  const Sets sets = open_sets(run, architecture, start_model);
+  int64_t head = 0;
+  const Selection selection = trained(run, checkpoint, architecture, sets.train, &head);
+  const int64_t epoch = sets.train.epoch_sequences(), steps = options_.total_steps(epoch);
+  driver::StagePlan plan = plan_of(selection, architecture, options_.method, *method_, head);
+  plan.lines.push_back(
+      fmt::format("{} steps of {} sequences of at most {} tokens, {} tokens a step; {} sequences "
+                  "an epoch of {}",
+                  steps, options_.batch_size, options_.sequence_length,
+                  options_.batch_size * options_.sequence_length, epoch, run.train_data.string()));
+  if (sets.validation)
+    plan.lines.push_back(fmt::format("validation: {} of {} sequences", sets.validation->metric(),
+                                     sets.validation->sequences()));
+  plan.lines.push_back(fmt::format("merge: {}", merge_name(options_.merge)));
+  return plan;
 }
 
 std::string RetrainStage::checksum_of_inputs() const {

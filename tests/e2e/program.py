@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
+import yaml
 
 from small_model import Files
 
@@ -30,6 +32,27 @@ def settings(files: Files, run_dir: Path, **changes) -> list[str]:
         "retrain.checkpoint_every": 5, "compress.budget": 0.2, "cluster.threads_per_rank": 1}
     values.update({key.replace("__", "."): value for key, value in changes.items()})
     return [f"{key}={value}" for key, value in values.items()]
+
+
+def configuration(directory: Path, files: Files, **changes) -> list[str]:
+    """The same as a configuration of its own, which a sweep names its directories without: the words that choose it."""
+    configs = directory / "configs"
+    shutil.copytree(SOURCE / "configs", configs)
+    groups, values = [], {}
+    for word in settings(files, directory / "unused", **changes):
+        key, _, value = word.partition("=")
+        if (configs / key).is_dir():
+            groups.append({f"override /{key}": value})
+        elif key != "run.dir":
+            *nodes, last = key.split(".")
+            place = values
+            for node in nodes:
+                place = place.setdefault(node, {})
+            place[last] = value if last == "pattern" else yaml.safe_load(value)
+    values["defaults"] = ["default", *groups, "_self_"]
+    values["run"] = {"name": "small", **values.get("run", {})}
+    (configs / "small.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return ["--config-dir", configs, "--config-name", "small"]
 
 
 class Ended:
