@@ -46,4 +46,6 @@ std::string description() { return functions().description(); }
 
 void one_thread() { functions().one_thread(); }
 
+bool takes_bfloat16() { return functions().takes_bfloat16(); }
+
 }  // namespace espalier::onednn

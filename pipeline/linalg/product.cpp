@@ -39,13 +39,34 @@ at::Tensor usable(const at::Tensor& t) {
   return t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous();
 }
 
+/// Whether products here take bfloat16 as it is.
+bool narrow_products() {
+  static const bool takes = onednn::takes_bfloat16();
+  return takes;
+}
+
+at::Tensor as_taken(const at::Tensor& t) {
+  return narrow_products() || t.scalar_type() == at::kFloat ? t : t.to(at::kFloat);
+}
+
+/// out = a b (+ bias of out's type). Where the processor has no such products of bfloat16, they are
+/// taken in float32, exact products and sums of the same kind, and rounded once at the end.
+void multiply(at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+              const at::Tensor& bias = {}, int64_t batch = 1) {
+  const at::Tensor left = as_taken(a), right = as_taken(b);
+  const at::Tensor added = bias.defined() ? as_taken(bias) : bias;
+  const bool direct = narrow_products() || out.scalar_type() == at::kFloat;
+  const at::Tensor result = direct ? out : at::empty(out.sizes(), out.options().dtype(at::kFloat));
+  onednn::matmul(operand(left, "a"), operand(right, "b"), operand(result, "out"),
+                 added.defined() ? added.const_data_ptr() : nullptr, batch);
+  if (!direct) out.copy_(result);
+}
+
 at::Tensor forward_linear(const at::Tensor& x, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias) {
   if (!x.is_cpu()) return at::linear(x, weight, bias);
   at::Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
-  const at::Tensor a = usable(x), b = weight.t();
-  const void* added = bias ? bias->const_data_ptr() : nullptr;
-  onednn::matmul(operand(a, "x"), operand(b, "weight"), operand(y, "y"), added);
+  multiply(y, usable(x), weight.t(), bias.value_or(at::Tensor()));
   return y;
 }
 
@@ -78,8 +99,7 @@ void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
     out.zero_();
     return;
   }
-  const at::Tensor left = usable(a), right = usable(b);
-  onednn::matmul(operand(left, "a"), operand(right, "b"), operand(out, "out"));
+  multiply(out, usable(a), usable(b));
 }
 
 void batched_product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
@@ -87,7 +107,7 @@ void batched_product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor
     out.copy_(at::matmul(a, b));
     return;
   }
-  onednn::matmul(operand(a, "a"), operand(b, "b"), operand(out, "out"), nullptr, out.size(0));
+  multiply(out, a, b, {}, out.size(0));
 }
 
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType out_type) {
@@ -107,14 +127,17 @@ void gram_into(at::Tensor& out, const at::Tensor& x) {
   // Columns of X are wide strips; each strip meets only what lies at or right of it.
   constexpr int64_t kStrip = 192;
   const int64_t n = x.size(1);
+  const at::Tensor taken = x.is_cpu() ? as_taken(x) : x;  // converted once, not a strip at a time
   for (int64_t first = 0; first < n; first += kStrip) {
     const int64_t width = std::min(kStrip, n - first);
     at::Tensor block = out.narrow(0, first, width).narrow(1, first, n - first);
-    product_into(block, x.narrow(1, first, width).t(), x.narrow(1, first, n - first));
+    product_into(block, taken.narrow(1, first, width).t(), taken.narrow(1, first, n - first));
   }
 }
 
-std::string product_description() { return onednn::description(); }
+std::string product_description() {
+  return onednn::description() + (narrow_products() ? "" : ", bfloat16 by way of float32");
+}
 
 void one_library_thread() {
   at::set_num_threads(1);

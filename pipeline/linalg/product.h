@@ -3,8 +3,10 @@
 ///
 /// CPU tensors go to oneDNN, which uses this processor's bfloat16 and AVX-512 instructions (MKL, as
 /// ATen calls it, does not: 110 against 250 GFLOP/s in float32 and 480 in bfloat16 on one Zen 5
-/// core). Other devices go to ATen. The choice depends on type and device alone, never on a timing.
-/// Same shapes and types give the same bits on every worker of every rank.
+/// core). A processor below AVX-512 has no products of bfloat16 there: its operands are converted
+/// and multiplied in float32, and the result is rounded once. Other devices go to ATen. The choice
+/// depends on type, device and processor alone, never on a timing. Same shapes and types give the
+/// same bits on every worker of every rank.
 
 #include <ATen/core/Tensor.h>
 

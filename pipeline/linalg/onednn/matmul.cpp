@@ -106,6 +106,19 @@ std::string run_matmul(const Operand& a, const Operand& b, const Operand& c, con
   return {};
 }
 
+/// The sets are not ordered by their numbers alone: AVX2 with VNNI is no AVX-512.
+bool reaches_avx512() {
+  switch (dnnl::get_effective_cpu_isa()) {
+    case dnnl::cpu_isa::avx512_core:
+    case dnnl::cpu_isa::avx512_core_vnni:
+    case dnnl::cpu_isa::avx512_core_bf16:
+    case dnnl::cpu_isa::avx512_core_amx:
+      return true;
+    default:
+      return false;
+  }
+}
+
 std::string describe_library() {
   static const std::map<dnnl::cpu_isa, const char*> names{
       {dnnl::cpu_isa::sse41, "sse41"},
@@ -127,5 +140,5 @@ std::string describe_library() {
 extern "C" __attribute__((visibility("default"))) void espalier_onednn_functions(
     espalier::onednn::Functions* functions) {
   *functions = {espalier::onednn::run_matmul, espalier::onednn::describe_library,
-                [] { omp_set_num_threads(1); }};
+                [] { omp_set_num_threads(1); }, espalier::onednn::reaches_avx512};
 }

@@ -23,13 +23,14 @@ struct Operand {
   int64_t batch_stride = 0;
 };
 
-/// The module's three functions.
+/// The module's functions.
 struct Functions {
   /// Empty on success, otherwise what oneDNN said.
   std::string (*matmul)(const Operand& a, const Operand& b, const Operand& c, const void* bias,
                         int64_t batch);
   std::string (*description)();
   void (*one_thread)();
+  bool (*takes_bfloat16)();
 };
 
 /// c[i] = a[i] b[i] (+ bias [columns of c], float32 when c is float32, else c's type) for i <
@@ -43,5 +44,8 @@ std::string description();
 
 /// The OpenMP thread count of the calling thread becomes 1.
 void one_thread();
+
+/// False where the processor is below AVX-512: oneDNN then refuses bfloat16 operands.
+bool takes_bfloat16();
 
 }  // namespace espalier::onednn
