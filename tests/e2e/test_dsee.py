@@ -383,7 +383,7 @@ def test_what_cannot_be_pruned_so_is_refused_with_the_way_out(labelled, tmp_path
              (["prune=magnitude", "prune.pattern=heads", "prune.heads=1"], ["prune.pattern", "magnitude", "dsee"]),
              (["pipeline=[prune,retrain_again]"], ["prune.criterion: delta", "merge: beside"]),
              (["pipeline=[prune,retrain_again]", *HEADED], ["prune.criterion", "merge: beside"])]
-    for changes, words in cases:
-        ended = run(*labelled.arguments(tmp_path / "run", *changes), ranks=2)
+    for number, (changes, words) in enumerate(cases):
+        ended = run(*labelled.arguments(tmp_path / str(number), *changes), ranks=2)
         assert ended.code == 2 and len(ended.messages) == 1, (changes, str(ended))
         assert all(word in ended.messages[0] for word in words), (changes, ended.messages)
