@@ -207,7 +207,8 @@ class ChecksumCache {
 
  private:
   static std::string key_of(const Place& place) {
-    return fmt::format("{}@{}", place.file.identity(), place.info->begin);
+    // An empty tensor begins where the next one does.
+    return fmt::format("{}@{}-{}", place.file.identity(), place.info->begin, place.info->end);
   }
 
   std::mutex mutex_;

@@ -283,16 +283,19 @@ def test_a_run_that_is_cut_off_while_it_prunes_goes_on_to_the_same_bits(labelled
     randomized(transformers.BertModel(transformers.BertConfig(**{**SMALL, "num_hidden_layers": 24}))).save_pretrained(
         tmp_path / "model")
     run_well(*labelled.arguments(tmp_path / "whole", *structure, *blocks), ranks=2)
-    command = labelled.arguments(tmp_path / "cut", *structure, *blocks)
-    state = tmp_path / "cut" / "04-prune" / "state"
-    job = Started(command, ranks=2)
-    job.wait_until(lambda: (state / first).exists())
-    job.signal(number)
-    ended = job.end(timeout=30)
-    assert ended.code != 0 and not (state.parent / "manifest.json").exists(), str(ended)
-    assert number == signal.SIGKILL or ended.code == 75, str(ended)
+    for attempt in range(5):  # pruning takes tenths of a second: the signal may come too late
+        run_dir = tmp_path / f"cut{attempt}"
+        command = labelled.arguments(run_dir, *structure, *blocks)
+        job = Started(command, ranks=2)
+        job.wait_until(lambda: (run_dir / "04-prune" / "state" / first).exists())
+        job.signal(number)
+        ended = job.end(timeout=30)
+        assert ended.code != 0 if number == signal.SIGKILL else ended.code == 75, str(ended)
+        if not (run_dir / "04-prune" / "manifest.json").exists():
+            break
+    assert not (run_dir / "04-prune" / "manifest.json").exists(), "no signal came while it pruned"
     run_well(*command, ranks=3)
-    assert differences(results(tmp_path / "whole"), results(tmp_path / "cut")) == []
+    assert differences(results(tmp_path / "whole"), results(run_dir)) == []
 
 
 # ------------------------------------------------------------------------------- decoders
@@ -383,7 +386,7 @@ def test_what_cannot_be_pruned_so_is_refused_with_the_way_out(labelled, tmp_path
              (["prune=magnitude", "prune.pattern=heads", "prune.heads=1"], ["prune.pattern", "magnitude", "dsee"]),
              (["pipeline=[prune,retrain_again]"], ["prune.criterion: delta", "merge: beside"]),
              (["pipeline=[prune,retrain_again]", *HEADED], ["prune.criterion", "merge: beside"])]
-    for changes, words in cases:
-        ended = run(*labelled.arguments(tmp_path / "run", *changes), ranks=2)
+    for number, (changes, words) in enumerate(cases):
+        ended = run(*labelled.arguments(tmp_path / str(number), *changes), ranks=2)
         assert ended.code == 2 and len(ended.messages) == 1, (changes, str(ended))
         assert all(word in ended.messages[0] for word in words), (changes, ended.messages)

@@ -56,6 +56,15 @@ TEST(Checkpoint, OpensAPlainDirectory) {
   for (const auto& [name, tensor] : small_model()) EXPECT_TRUE(at::equal(model.view(name), tensor));
 }
 
+TEST(Checkpoint, AnEmptyTensorsChecksumIsNotThatOfTheTensorBehindIt) {
+  const TemporaryDirectory directory;
+  const Checkpoint model = Checkpoint::open(write_model(
+      directory / "m", {{"empty", at::empty({0}, at::kFloat)}, {"full", at::ones({4})}}));
+  const std::string full = model.tensor_checksum("full");
+  EXPECT_NE(model.tensor_checksum("empty"), full);
+  EXPECT_EQ(model.tensor_checksum("full"), full);
+}
+
 TEST(Checkpoint, ShardsAndOneFileHoldTheSameModel) {
   const TemporaryDirectory directory;
   const Checkpoint model = Checkpoint::open(write_model(directory / "m"));
