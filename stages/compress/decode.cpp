@@ -8,7 +8,7 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
-#include "pipeline/model/architecture.h"
+#include "pipeline/model/heads.h"
 #include "stages/compress/sum.h"
 
 namespace espalier::compress {
@@ -130,11 +130,13 @@ void decode_residuals(const fs::path& base_directory, const std::vector<fs::path
   const Scratch scratch(out_directory / ".decoding");
   const at::ScalarType dtype = write_sum(base, {residual_files, {}}, scratch.directory());
   io::write_dense(io::Checkpoint::open(scratch.directory()), out_directory, dtype);
-  if (!model::knows_architecture(base)) return;
   // Heads that are gone stay gone; the directory is then one for espalier, whose export makes it
   // one for other programs.
-  const model::KeptHeads kept = model::read_architecture(base).kept_heads;
-  if (!kept.empty()) model::write_kept_heads(out_directory, kept);
+  for (const fs::path& directory : base.chain()) {
+    if (!fs::exists(directory / model::kHeadsFile)) continue;
+    io::write_file(out_directory / model::kHeadsFile, io::read_file(directory / model::kHeadsFile));
+    break;  // the nearest counts
+  }
 }
 
 }  // namespace espalier::compress
