@@ -53,7 +53,7 @@ try_step() {
   local name="$1" started=$SECONDS
   shift
   mkdir -p "$ESPALIER_WORK/log"
-  step_log="$ESPALIER_WORK/log/$(printf '%s' "$name" | tr -c 'A-Za-z0-9' '-').txt"
+  step_log="$ESPALIER_WORK/log/$(printf '%s' "$name" | tr -c 'A-Za-z0-9' '-' | cut -c1-150).txt"
   set +e
   (set -e; "$@") >"$step_log" 2>&1 </dev/null
   step_status=$?

@@ -112,6 +112,10 @@ class MatrixAdapter : public Adapter {
   std::optional<model::AddedTerms> beside(int64_t target) const override {
     return matrices_[target]->beside();
   }
+  std::vector<double> map_distances(int64_t target) const override {
+    const at::NoGradGuard no_grad;
+    return matrices_[target]->map_distances();
+  }
   NamedTensors frozen_tensors() const override {
     NamedTensors all;
     for (const auto& matrix : matrices_)

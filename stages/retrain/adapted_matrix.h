@@ -49,6 +49,7 @@ class AdaptedMatrix {
   // As Adapter has them.
   virtual at::Tensor merged() const = 0;
   virtual std::optional<model::AddedTerms> beside() const { return std::nullopt; }
+  virtual std::vector<double> map_distances() const { return {}; }
   virtual NamedTensors frozen() const { return {}; }
 
   const Target& target() const { return target_; }

@@ -93,6 +93,13 @@ class Adapter {
     return std::nullopt;
   }
 
+  /// |H - I| (Frobenius) of each map that multiplies the target's weight, prepare_step done; none
+  /// when the change is no product.
+  virtual std::vector<double> map_distances(int64_t target) const {
+    (void)target;
+    return {};
+  }
+
   /// What the parameters are useless without and no seed promises again: bases, index sets, shared
   /// random matrices. Stored in adapters.h5 and given back as AttachOptions::frozen. Names differ
   /// from the parameters'.

@@ -2,6 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "stages/retrain/start_values.h"
 
 namespace espalier::retrain {
@@ -47,6 +50,16 @@ class Reflections : public BlockMap {
       sum = sum.defined() ? sum.add_(along * unit_[k]) : along * unit_[k];
     }
     return sum.view(x.sizes());
+  }
+
+  /// |sum_k c_k u_k u_k^T|^2 = sum_kl c_k c_l (u_k . u_l)^2 in each block.
+  double distance() const override {
+    double square = 0;
+    for (size_t k = 0; k < unit_.size(); ++k)
+      for (size_t l = 0; l < unit_.size(); ++l)
+        square += options_.coefficients[k] * options_.coefficients[l] *
+                  (unit_[k].to(at::kDouble) * unit_[l]).sum(1).square().sum().item<double>();
+    return std::sqrt(std::max(square, 0.0));
   }
 
   /// With p = x u^ and q = dz u^: du^ = c sum over rows of (p dz + q x), then through u^ = u / |u|.
@@ -99,6 +112,8 @@ class Whole : public BlockMap {
         at::bmm(blocks, transposed ? departure_ : departure_.transpose(1, 2));
     return changed.transpose(0, 1).reshape(x.sizes());
   }
+
+  double distance() const override { return departure_.to(at::kDouble).norm().item<double>(); }
 
   std::vector<at::Tensor> gradients(const at::Tensor& dz, const at::Tensor& x) const override {
     const at::Tensor rows_dz = by_block(dz, options_.blocks), rows_x = by_block(x, options_.blocks);

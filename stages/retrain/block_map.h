@@ -29,6 +29,8 @@ class BlockMap {
   /// x (H - I)^T, row by row (H - I) x; transposed: x (H - I). x [rows, width] of any float type;
   /// float32 [rows, width].
   virtual at::Tensor change(const at::Tensor& x, bool transposed) const = 0;
+  /// |H - I|, the Frobenius norm over all blocks.
+  virtual double distance() const = 0;
   /// The values' gradients, given dz and x [rows, width] of z = x H^T.
   virtual std::vector<at::Tensor> gradients(const at::Tensor& dz, const at::Tensor& x) const = 0;
 };

@@ -4,9 +4,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 
 #include "pipeline/errors.h"
 #include "pipeline/io/safetensors.h"
+#include "pipeline/linalg/product.h"
 #include "pipeline/model/stored_layers.h"
 
 namespace espalier::retrain {
@@ -52,17 +55,64 @@ MergeReport count_beside(const Target& target, const model::AddedTerms& terms) {
   return report;
 }
 
+/// sum (a - b)^2 over all entries, in their order; without b sum a^2.
+double square_distance(const at::Tensor& a, const at::Tensor& b = {}) {
+  const at::Tensor whole_a = a.contiguous(), whole_b = b.defined() ? b.contiguous() : b;
+  double sum = 0;
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, a.scalar_type(), "square_distance", [&] {
+    const scalar_t* left = whole_a.const_data_ptr<scalar_t>();
+    const scalar_t* right = b.defined() ? whole_b.const_data_ptr<scalar_t>() : nullptr;
+    for (int64_t i = 0; i < a.numel(); ++i) {
+      const double difference =
+          static_cast<double>(left[i]) - (right ? static_cast<double>(right[i]) : 0.0);
+      sum += difference * difference;
+    }
+  });
+  return sum;
+}
+
+/// scale up down + S, float32 [out, in].
+at::Tensor dense_terms(const model::AddedTerms& terms, const at::Tensor& like) {
+  at::Tensor sum = terms.low_rank()
+                       ? linalg::product(terms.up, terms.down, at::kFloat).mul_(terms.scale)
+                       : at::zeros(like.sizes(), at::kFloat);
+  if (terms.sparse()) sum.view(-1).index_add_(0, terms.positions, terms.values);
+  return sum;
+}
+
+/// Of each target, written by whoever owns its block. The sums over targets are taken in their
+/// order, so that they do not depend on who that was.
+struct Distances {
+  explicit Distances(size_t targets)
+      : weight(targets), change(targets), maps(targets), count(targets) {}
+  std::vector<double> weight, change;  ///< |W|^2, |W' - W|^2
+  std::vector<double> maps, count;     ///< the sum of |H - I|, and how many maps there are
+
+  void share(const comm::Communicator& group) {
+    for (std::vector<double>* values : {&weight, &change, &maps, &count})
+      group.all_reduce_max(*values);  // what another rank owns is 0 here
+  }
+  void report(MergeReport& total) const {
+    const auto sum = [](const std::vector<double>& values) {
+      return std::accumulate(values.begin(), values.end(), 0.0);
+    };
+    if (sum(weight) > 0) total.weight_distance = std::sqrt(sum(change) / sum(weight));
+    if (sum(count) > 0) total.map_distance = sum(maps) / sum(count);
+  }
+};
+
 class Writer {
  public:
   Writer(const io::Checkpoint& base, const AdaptedModel& model, Merge merge)
-      : base_(base), model_(model), merge_(merge) {}
+      : base_(base), model_(model), merge_(merge), distances_(model.targets().size()) {}
 
   NamedTensors of_block(const std::vector<int64_t>& targets, int64_t block, MergeReport& report);
   NamedTensors of_ends() const;
+  Distances& distances() { return distances_; }
 
  private:
-  void add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) const;
-  void add_terms(int64_t t, NamedTensors& tensors, MergeReport& report) const;
+  void add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report);
+  void add_terms(int64_t t, NamedTensors& tensors, MergeReport& report);
   at::Tensor site_value(size_t s) const {
     const at::Tensor value =
         model_.parameter(model_.first_site_parameter() + static_cast<int64_t>(s));
@@ -73,13 +123,20 @@ class Writer {
   const io::Checkpoint& base_;
   const AdaptedModel& model_;
   Merge merge_;
+  Distances distances_;
 };
 
-void Writer::add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) const {
+void Writer::add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) {
   const Target& target = model_.targets()[t];
   const at::Tensor merged = model_.adapter().merged(t).detach().contiguous();
   require_finite(merged, target.name);
   add(report, compare(target, merged, merge_ == Merge::masked));
+  distances_.weight[t] = square_distance(target.weight);
+  distances_.change[t] = square_distance(merged, target.weight);
+  for (const double distance : model_.adapter().map_distances(t)) {
+    distances_.maps[t] += distance;
+    distances_.count[t] += 1;
+  }
   tensors.emplace_back(target.name, merged);
   const at::Tensor bias = model_.adapter().merged_bias(t);
   if (bias.defined()) {
@@ -95,7 +152,7 @@ void Writer::add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) c
     for (auto& part : model::stored_terms(target.name, {}, out, in)) tensors.push_back(part);
 }
 
-void Writer::add_terms(int64_t t, NamedTensors& tensors, MergeReport& report) const {
+void Writer::add_terms(int64_t t, NamedTensors& tensors, MergeReport& report) {
   const Target& target = model_.targets()[t];
   const int64_t out = target.weight.size(0), in = target.weight.size(1);
   std::optional<model::AddedTerms> terms = model_.adapter().beside(t);
@@ -103,6 +160,8 @@ void Writer::add_terms(int64_t t, NamedTensors& tensors, MergeReport& report) co
     throw DefectError(fmt::format("{}: the method has nothing to leave beside it", target.name));
   for (const at::Tensor& part : {terms->down, terms->up, terms->values, terms->bias})
     if (part.defined()) require_finite(part, target.name);
+  distances_.weight[t] = square_distance(target.weight);
+  distances_.change[t] = square_distance(dense_terms(*terms, target.weight));
   if (!model_.without_terms())
     if (const auto earlier = model::load_terms(base_, target.name, out, in))
       terms = model::sum_of_terms(*earlier, *terms);
@@ -174,7 +233,10 @@ MergeReport write_model(const std::filesystem::path& directory, const io::Checkp
   group.all_reduce_sum(totals);  // also: every file is written before derived.json says so
   if (group.is_root()) io::write_derived(directory, base);
   group.barrier();
-  return {totals[0], totals[1], totals[2], totals[3], totals[4]};
+  MergeReport all{totals[0], totals[1], totals[2], totals[3], totals[4], 0, {}};
+  writer.distances().share(group);
+  writer.distances().report(all);
+  return all;
 }
 
 }  // namespace espalier::retrain

@@ -3,6 +3,7 @@
 /// beside them, and of everything else that was trained.
 
 #include <filesystem>
+#include <optional>
 
 #include "pipeline/comm/communicator.h"
 #include "pipeline/io/checkpoint.h"
@@ -19,6 +20,9 @@ struct MergeReport {
   /// Merged: elements that are not what they were. A change below half a step of the model's type
   /// is rounded away.
   int64_t changed = 0;
+  double weight_distance = 0;  ///< |W' - W| / |W|, Frobenius norms over all of them, as written
+  /// The mean |H - I| (Frobenius) of the maps that multiply them; nothing when there are none.
+  std::optional<double> map_distance;
 
   /// Of the zeros before, the share that was filled.
   double share_filled() const {

@@ -363,11 +363,13 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
                          {"zeros_filled", merged.filled},
                          {"weights_changed", merged.changed},
                          {"share_of_zeros_filled", merged.share_filled()},
+                         {"weight_distance", merged.weight_distance},
                          {"merge_largest_logit_difference", difference.largest_logit},
                          {"merge_kl", difference.mean_kl},
                          {"merge_compared_positions", difference.positions},
                          {"data_checksum", sets.train.set().checksum()},
                          {"sequence_length", options_.sequence_length}});
+  if (merged.map_distance) result.metrics["map_distance"] = *merged.map_distance;
   if (sets.validation)
     result.metrics["validation"] = {{"metric", sets.validation->metric()},
                                     {"sequences", sets.validation->sequences()},

@@ -26,6 +26,12 @@ class TurnedMatrix : public AdaptedMatrix {
   Gradients backward(const at::Tensor& dy, const Saved& saved, const UnitKey& key,
                      bool x_wanted) const override;
   at::Tensor merged() const override;
+  std::vector<double> map_distances() const override {
+    std::vector<double> distances;
+    for (const BlockMap* map : {input_.get(), output_.get()})
+      if (map) distances.push_back(map->distance());
+    return distances;
+  }
 
  private:
   bool masked() const { return target().kept.defined(); }

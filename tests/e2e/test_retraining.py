@@ -55,6 +55,34 @@ def test_the_earliest_best_validation_is_what_the_next_stage_reads(validated):
     assert metrics["merge_largest_logit_difference"] < 0.05
 
 
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in directory.glob("*.safetensors"):
+        found.update(safetensors.torch.load_file(file))
+    return found
+
+
+def relative_distance(changes: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> float:
+    squares = [sum(tensor.double().square().sum() for tensor in all_of.values()) for all_of in (changes, weights)]
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def test_the_distance_told_is_that_of_the_written_matrices(validated, beside):
+    before, after = (tensors(validated / stage / "model") for stage in ("01-prune", "02-retrain"))
+    weights = {name: tensor.double() for name, tensor in before.items() if name.endswith("_proj.weight")}
+    changes = {name: after[name].double() - weight for name, weight in weights.items()}
+    told = metrics_of(validated, "02-retrain")
+    assert told["weight_distance"] == pytest.approx(relative_distance(changes, weights), rel=1e-9)
+    assert told["weight_distance"] > 0.01 and "map_distance" not in told
+
+    before, terms = (tensors(beside / stage / "model") for stage in ("01-prune", "02-retrain"))
+    names = [name.removesuffix(".added.up") for name in terms if name.endswith(".added.up")]
+    changes = {name: terms[f"{name}.added.scale"] * (terms[f"{name}.added.up"] @ terms[f"{name}.added.down"])
+               for name in names}
+    told = metrics_of(beside, "02-retrain")["weight_distance"]
+    assert told == pytest.approx(relative_distance(changes, {name: before[name] for name in names}), rel=1e-5)
+
+
 def test_validated_training_has_the_same_bits_on_one_two_and_three_ranks(files, validated, tmp_path):
     for ranks in (1, 3):
         run_dir = tmp_path / str(ranks)

@@ -83,6 +83,9 @@ std::vector<double> departures(MethodCase c, bool moved) {
         change.narrow(0, b * side, side).narrow(1, b * side, side).norm().item<double>());
   EXPECT_NEAR(change.square().sum().item<double>(), norms[0] * norms[0] + norms[1] * norms[1],
               1e-5);
+  const std::vector<double> told = at_work.adapter->map_distances(0);  // of the whole map
+  EXPECT_EQ(told.size(), 1u);
+  EXPECT_NEAR(told.at(0), std::hypot(norms[0], norms[1]), 1e-5);
   return norms;
 }
 

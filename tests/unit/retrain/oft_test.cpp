@@ -81,6 +81,25 @@ TEST(Oft, StartsAsTheFrozenMatrixAndTurnsWithoutStretching) {
   EXPECT_TRUE(at::allclose(at::matmul(turned, turned.t()), at::matmul(w, w.t()), 1e-4, 1e-4));
 }
 
+TEST(Oft, TellsHowFarItsBlocksAreFromTheIdentity) {
+  for (const char* method : {"oft", "naive"}) {
+    MethodCase c = whole(method, "both");
+    c.rows = c.columns = 8;
+    MethodAtWork at_work(c, {});
+    EXPECT_EQ(at_work.adapter->map_distances(0), std::vector<double>({0, 0}));
+    at_work.move_away();
+    for (size_t side = 0; side < 2; ++side) {
+      Plain h =
+          block_diagonal(Plain(at_work.parameters->parameters()[side].value.reshape({kBlocks, 16})),
+                         c.overrides[0] == "retrain=oft");
+      double square = 0;
+      for (int64_t i = 0; i < 8; ++i)
+        for (int64_t j = 0; j < 8; ++j) square += std::pow(h.at(i, j) - (i == j), 2);
+      EXPECT_NEAR(at_work.adapter->map_distances(0).at(side), std::sqrt(square), 1e-5);
+    }
+  }
+}
+
 TEST(Oft, TrainsWholeBlocksOfWhichThePaperReportsHalf) {
   expect_parameters(whole("oft", "input"), 8 * 4);
   expect_parameters(whole("oft", "both"), 8 * 4 + 12 * 6);

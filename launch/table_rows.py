@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Prints the finished members of a sweep as rows of a Markdown table, seeds together.
+
+    table_rows.py SWEEP_DIR [--where KEY=VALUE...] [--evaluation N] [--figures NAME...] [--curves]
+
+A row is what its members' overrides have in common; run.seed is averaged over (mean ± standard deviation, and how
+many where they are not as many as elsewhere), and a task chosen by task=... is a column of its own. --where keeps
+members with these overrides (KEY= keeps those that have KEY, KEY!= those that have not). --evaluation counts the
+pipeline's evaluations from 1, -1 is the last. --figures adds figures of the metrics that the stages left, as
+ENTRY.NAME: retrain.weight_distance, compress.share, seconds. --curves prints the validations of training instead,
+one column an epoch.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SEED, TASK = "run.seed", "task"
+METRICS = ["perplexity", "accuracy", "matthews", "f1", "pearson", "spearman"]
+
+
+# ------------------------------------------------------------------------------- members
+def overrides_of(name: str) -> dict[str, str]:
+    """"a=1,b=[x,y]" taken apart: commas inside brackets and quotes are no separators."""
+    parts, depth, quote, start = [], 0, "", 0
+    for position, sign in enumerate(name):
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "'\"":
+            quote = sign
+        elif sign in "[{(":
+            depth += 1
+        elif sign in "]})":
+            depth -= 1
+        elif sign == "," and depth == 0:
+            parts.append(name[start:position])
+            start = position + 1
+    parts.append(name[start:])
+    return dict(part.split("=", 1) for part in parts if "=" in part)
+
+
+@dataclass
+class Member:
+    directory: Path
+    overrides: dict[str, str]
+    stages: list[tuple[str, dict]]  # entry of the pipeline, its metrics
+    seconds: float
+
+    @property
+    def cell(self) -> tuple[tuple[str, str], ...]:
+        return tuple((key, value) for key, value in self.overrides.items() if key not in (SEED, TASK))
+
+    def evaluations(self) -> list[dict]:
+        return [metrics for entry, metrics in self.stages if "tasks" in metrics and entry.startswith("evaluate")]
+
+    def scores(self, evaluation: int) -> dict[str, float]:
+        """By column. GLUE's tasks are all called labels: there the column is the task chosen."""
+        all_of = self.evaluations()
+        index = evaluation - 1 if evaluation > 0 else evaluation
+        if not -len(all_of) <= index < len(all_of):
+            return {}
+        tasks = all_of[index]["tasks"]
+        return {(self.overrides.get(TASK, name) if len(tasks) == 1 else name): leading(values)
+                for name, values in tasks.items()}
+
+    def figure(self, name: str) -> float | None:
+        """ENTRY.KEY.KEY of the last entry that has it."""
+        if name == "seconds":
+            return self.seconds
+        entry, _, path = name.partition(".")
+        for stage, metrics in reversed(self.stages):
+            value: Any = metrics
+            for key in path.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if stage.partition("#")[0] == entry and isinstance(value, (int, float)):
+                return float(value)
+        return None
+
+    def curve(self) -> list[float]:
+        lines = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+                 if line.endswith("\n")]
+        metric = next((metrics["validation"]["metric"] for _, metrics in self.stages if "validation" in metrics), None)
+        values = {line["step"]: line[metric] for line in lines if line.get("event") == "validation"}
+        return [values[step] for step in sorted(values)]
+
+
+def leading(values: dict) -> float:
+    """The metric that the task reports first, else the first known one."""
+    return values[next(name for name in [*values.get("reported", []), *METRICS] if name in values)]
+
+
+def read_member(directory: Path) -> Member | None:
+    """None when it is not finished."""
+    config = directory / "config.yaml"
+    if not config.exists():
+        return None
+    pipeline = yaml.safe_load(config.read_text(encoding="utf-8"))["pipeline"]
+    stages, seconds = [], 0.0
+    for number, entry in enumerate(pipeline, 1):
+        stage = directory / f"{number:02d}-{entry}"
+        if not (stage / "manifest.json").exists():
+            return None
+        seconds += json.loads((stage / "manifest.json").read_text()).get("seconds", 0)
+        stages.append((entry, json.loads((stage / "metrics.json").read_text())))
+    return Member(directory, overrides_of(directory.name), stages, seconds)
+
+
+def wanted(member: Member, conditions: list[str]) -> bool:
+    for condition in conditions:
+        key, _, value = condition.partition("=")
+        if key.endswith("!"):
+            if key[:-1] in member.overrides and value in ("", member.overrides[key[:-1]]):
+                return False
+        elif key not in member.overrides or value not in ("", member.overrides[key]):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------- rows
+def natural(text: str) -> list:
+    """Numbers in a text sort as numbers."""
+    return [(0, float(part), "") if re.fullmatch(r"[\d.]+(e-?\d+)?", part) and part != "." else (1, 0.0, part)
+            for part in re.split(r"([\d.]+(?:e-?\d+)?)", text) if part]
+
+
+def label(cell: tuple[tuple[str, str], ...]) -> str:
+    """The choice of a cell alone, keys by their last part."""
+    words = [value for key, value in cell if key == "cell"]
+    words += [f"{key.rpartition('.')[2]} {value}" for key, value in cell if key != "cell" and value != "null"]
+    return ", ".join(words) or "as configured"
+
+
+def number_text(value: float) -> str:
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def score_text(column: str, values: list[float], usual: int) -> str:
+    if not values:
+        return "–"
+    scale, places = (1, 2) if column == "text" else (100, 1)
+    text = f"{scale * statistics.mean(values):.{places}f}"
+    if len(values) > 1:
+        text += f" ± {scale * statistics.stdev(values):.{places}f}"
+    return text + (f" ({len(values)})" if len(values) != usual else "")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def score_table(cells: dict, arguments: argparse.Namespace) -> str:
+    scores: dict = {}
+    for cell, members in cells.items():
+        for member in members:
+            for column, value in member.scores(arguments.evaluation).items():
+                scores.setdefault(cell, {}).setdefault(column, []).append(value)
+    columns = list(dict.fromkeys(column for of_cell in scores.values() for column in of_cell))
+    usual = statistics.mode([len(values) for of_cell in scores.values() for values in of_cell.values()])
+    rows = []
+    for cell, of_cell in scores.items():
+        row = [label(cell)] + [score_text(column, of_cell.get(column, []), usual) for column in columns]
+        for name in arguments.figures:
+            values = [value for member in cells[cell] if (value := member.figure(name)) is not None]
+            row.append(number_text(statistics.mean(values)) if values else "–")
+        rows.append(row)
+    names = [name.rpartition(".")[2].replace("_", " ") for name in arguments.figures]
+    return table(["cell", *columns, *names], rows)
+
+
+def curve_table(cells: dict) -> str:
+    rows = []
+    for cell, members in cells.items():
+        for task in dict.fromkeys(member.overrides.get(TASK, "") for member in members):
+            curves = [member.curve() for member in members if member.overrides.get(TASK, "") == task]
+            means = [statistics.mean(points) for points in zip(*curves)]
+            rows.append([label(cell), task, *[f"{100 * value:.1f}" for value in means]])
+    width = max(map(len, rows))
+    return table(["cell", "task", *[f"epoch {i}" for i in range(1, width - 1)]],
+                 [row + [""] * (width - len(row)) for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, metavar="SWEEP_DIR")
+    parser.add_argument("--where", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--evaluation", type=int, default=-1, metavar="N")
+    parser.add_argument("--figures", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--curves", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.sweep.is_dir():
+        sys.exit(f"espalier: {arguments.sweep} is no directory; launch/tables.sh makes outputs/table_*-sweep")
+    members = [member for directory in sorted(arguments.sweep.iterdir()) if (member := read_member(directory))]
+    cells: dict = {}
+    for member in members:
+        if wanted(member, arguments.where):
+            cells.setdefault(member.cell, []).append(member)
+    if not cells:
+        sys.exit(f"espalier: {arguments.sweep} holds no finished member that --where keeps")
+    cells = dict(sorted(cells.items(), key=lambda item: natural(label(item[0]))))
+    print(curve_table(cells) if arguments.curves else score_table(cells, arguments))
+
+
+if __name__ == "__main__":
+    main()
