@@ -28,6 +28,7 @@ CONFIGS = SOURCE / "configs"
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 os.environ.update(HCE="12", HCL="[1,{a: 2}]", HCN="null")
+os.environ.setdefault("ESPALIER_TABLES", "tables")  # which configs/table_*.yaml read
 
 
 def ask(directory, name="config", mode="plain", overrides=()):
