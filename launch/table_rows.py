@@ -138,7 +138,9 @@ def label(cell: tuple[tuple[str, str], ...]) -> str:
     return ", ".join(words) or "as configured"
 
 
-def number_text(value: float) -> str:
+def number_text(name: str, value: float) -> str:
+    if name.endswith(".share"):
+        return f"{100 * value:.2f} %"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.4f}" if 0.001 <= abs(value) < 10 else f"{value:.4g}"
@@ -172,7 +174,7 @@ def score_table(cells: dict, arguments: argparse.Namespace) -> str:
         row = [label(cell)] + [score_text(column, of_cell.get(column, []), usual) for column in columns]
         for name in arguments.figures:
             values = [value for member in cells[cell] if (value := member.figure(name)) is not None]
-            row.append(number_text(statistics.mean(values)) if values else "–")
+            row.append(number_text(name, statistics.mean(values)) if values else "–")
         rows.append(row)
     names = [name.rpartition(".")[2].replace("_", " ") for name in arguments.figures]
     return table(["cell", *columns, *names], rows)
