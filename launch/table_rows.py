@@ -50,6 +50,7 @@ def overrides_of(name: str) -> dict[str, str]:
 class Member:
     directory: Path
     overrides: dict[str, str]
+    tasks: list[str]  # in the configuration's order
     stages: list[tuple[str, dict]]  # entry of the pipeline, its metrics
     seconds: float
 
@@ -67,8 +68,8 @@ class Member:
         if not -len(all_of) <= index < len(all_of):
             return {}
         tasks = all_of[index]["tasks"]
-        return {(self.overrides.get(TASK, name) if len(tasks) == 1 else name): leading(values)
-                for name, values in tasks.items()}
+        return {(self.overrides.get(TASK, name) if len(tasks) == 1 else name): leading(tasks[name])
+                for name in sorted(tasks, key=self.tasks.index)}
 
     def figure(self, name: str) -> float | None:
         """ENTRY.KEY.KEY of the last entry that has it."""
@@ -101,15 +102,15 @@ def read_member(directory: Path) -> Member | None:
     config = directory / "config.yaml"
     if not config.exists():
         return None
-    pipeline = yaml.safe_load(config.read_text(encoding="utf-8"))["pipeline"]
+    composed = yaml.safe_load(config.read_text(encoding="utf-8"))
     stages, seconds = [], 0.0
-    for number, entry in enumerate(pipeline, 1):
+    for number, entry in enumerate(composed["pipeline"], 1):
         stage = directory / f"{number:02d}-{entry}"
         if not (stage / "manifest.json").exists():
             return None
         seconds += json.loads((stage / "manifest.json").read_text()).get("seconds", 0)
         stages.append((entry, json.loads((stage / "metrics.json").read_text())))
-    return Member(directory, overrides_of(directory.name), stages, seconds)
+    return Member(directory, overrides_of(directory.name), list(composed["evaluate"]["tasks"]), stages, seconds)
 
 
 def wanted(member: Member, conditions: list[str]) -> bool:
@@ -137,7 +138,9 @@ def label(cell: tuple[tuple[str, str], ...]) -> str:
     return ", ".join(words) or "as configured"
 
 
-def number_text(value: float) -> str:
+def number_text(name: str, value: float) -> str:
+    if name.endswith(".share"):
+        return f"{100 * value:.2f} %"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.4f}" if 0.001 <= abs(value) < 10 else f"{value:.4g}"
@@ -171,7 +174,7 @@ def score_table(cells: dict, arguments: argparse.Namespace) -> str:
         row = [label(cell)] + [score_text(column, of_cell.get(column, []), usual) for column in columns]
         for name in arguments.figures:
             values = [value for member in cells[cell] if (value := member.figure(name)) is not None]
-            row.append(number_text(statistics.mean(values)) if values else "–")
+            row.append(number_text(name, statistics.mean(values)) if values else "–")
         rows.append(row)
     names = [name.rpartition(".")[2].replace("_", " ") for name in arguments.figures]
     return table(["cell", *columns, *names], rows)
@@ -182,8 +185,11 @@ def curve_table(cells: dict) -> str:
     for cell, members in cells.items():
         for task in dict.fromkeys(member.overrides.get(TASK, "") for member in members):
             curves = [member.curve() for member in members if member.overrides.get(TASK, "") == task]
-            means = [statistics.mean(points) for points in zip(*curves)]
-            rows.append([label(cell), task, *[f"{100 * value:.1f}" for value in means]])
+            means = [statistics.mean(points) for points in zip(*filter(None, curves))]
+            if means:
+                rows.append([label(cell), task, *[f"{100 * value:.1f}" for value in means]])
+    if not rows:
+        sys.exit("espalier: no member that --where keeps validated while it trained")
     width = max(map(len, rows))
     return table(["cell", "task", *[f"epoch {i}" for i in range(1, width - 1)]],
                  [row + [""] * (width - len(row)) for row in rows])
