@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "pipeline/errors.h"
+#include "pipeline/model/heads.h"
 #include "stages/compress/compressor.h"
 #include "stages/compress/decode.h"
 #include "stages/compress/pairs.h"
@@ -162,6 +163,14 @@ TEST_F(Residuals, GoOnAfterAStopWithTheBytesOfAnUndisturbedRun) {
   EXPECT_GT(stops, 1);
   EXPECT_LT(starts, 50);
   EXPECT_EQ(bytes_of("whole"), bytes_of("halting"));
+}
+
+TEST_F(Residuals, OfAModelThatLostHeadsDecodeToOneThatSaysWhich) {
+  const std::string heads = R"({"heads": [[0, 2], [1]]})";
+  io::write_file(directory_ / "base" / model::kHeadsFile, heads);
+  compress("out");
+  decode("out");
+  EXPECT_EQ(io::read_file(directory_ / "out-decoded" / model::kHeadsFile), heads);
 }
 
 TEST_F(Residuals, AnotherBaseIsRefusedWithBothChecksums) {
