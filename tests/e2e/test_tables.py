@@ -21,9 +21,9 @@ from small_model import write_model
 TABLES = ("dsee", "lora_xs", "ether", "ere", "spp")
 
 
-def listed(table: str) -> list[tuple[str, list[str]]]:
-    """(configuration, overrides) of every sweep of a table."""
-    done = subprocess.run([SOURCE / "launch/tables.sh", table, "--list"], capture_output=True, text=True, timeout=60)
+def listed(*arguments: str) -> list[tuple[str, list[str]]]:
+    """(configuration, overrides) of every sweep that the arguments ask for."""
+    done = subprocess.run([SOURCE / "launch/tables.sh", *arguments, "--list"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     sweeps = []
     for line in done.stdout.splitlines():
@@ -38,6 +38,12 @@ def members(overrides: list[str]) -> list[tuple[str, ...]]:
     first = [re.sub(r"^(task|run\.seed)=([^,]+),.*$", r"\1=\2", override) for override in overrides]
     parsed = OverridesParser.create().parse_overrides(first)
     return [tuple(member) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for member in batch]
+
+
+def test_a_task_of_glue_asks_for_its_part_of_a_table_alone():
+    everything, part = listed("ere"), listed("ere", "task=rte", "run.seed=0")
+    assert {name for name, _ in everything} == {"table_glue", "table_ere"}
+    assert part == [(name, [*overrides, "task=rte", "run.seed=0"]) for name, overrides in everything if name == "table_glue"]
 
 
 # ------------------------------------------------------------------------------- on small models
