@@ -85,7 +85,7 @@ std::vector<DefaultsEntry> read_defaults(const Node& list) {
     fail(list.origin, "defaults is a list of \"- group: choice\", found " + describe_value(list));
   }
   std::vector<DefaultsEntry> entries;
-  bool has_self = false;
+  bool has_self = false, has_other = false;  // other than overrides
   const DefaultsEntry* first_override = nullptr;
   entries.reserve(list.items.size() + 1);
   for (const auto& item : list.items) {
@@ -98,6 +98,7 @@ std::vector<DefaultsEntry> read_defaults(const Node& list) {
     bool is_self = entry.kind == DefaultsEntry::Kind::self;
     if (is_self && has_self) fail(entry.origin, "_self_ stands twice in this defaults list");
     has_self |= is_self;
+    has_other |= !entry.override;
     if (first_override && !entry.override && !is_self) {
       fail(first_override->origin, "override " + first_override->name + " stands before " +
                                        entry.name +
@@ -106,7 +107,7 @@ std::vector<DefaultsEntry> read_defaults(const Node& list) {
     entries.push_back(std::move(entry));
     if (entries.back().override && !first_override) first_override = &entries.back();
   }
-  if (!has_self) {  // Hydra's default place: after everything else
+  if (!has_self && has_other) {  // Hydra's default place: after everything else
     DefaultsEntry self;
     self.kind = DefaultsEntry::Kind::self;
     self.name = "_self_";
