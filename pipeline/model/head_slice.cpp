@@ -108,4 +108,55 @@ AddedTerms put_terms(const HeadSlice& slice, const AddedTerms& terms) {
   return whole;
 }
 
+NamedTensors with_heads(const io::Checkpoint& checkpoint, const Architecture& there,
+                        const Architecture& wanted, int64_t block) {
+  const BlockHeads now = there.heads_of(block), then = wanted.heads_of(block);
+  const bool taking = then.queries() < now.queries();
+  const auto slice_of = [&](const Linear& linear) {
+    return taking ? head_slice(there, linear, now, then) : head_slice(there, linear, then, now);
+  };
+  const auto rows = [&](const HeadSlice& slice, const at::Tensor& tensor) {
+    return taking ? take_rows(slice, tensor) : put_rows(slice, tensor);
+  };
+  NamedTensors layers, beside;
+  for (const Linear& of_all : there.linears) {
+    const Linear linear = there.in_block(block, of_all);
+    const HeadSlice slice = slice_of(of_all);
+    if (!slice.touches()) continue;
+    const auto part = [&](const std::string& stored) {
+      const at::Tensor copy =
+          layer_part(there, linear, checkpoint.view(stored)).clone(at::MemoryFormat::Contiguous);
+      checkpoint.drop(stored);
+      return copy;
+    };
+    const std::string name = there.weight_name(block, linear);
+    const at::Tensor weight = rows(slice, part(stored_weight_name(there, block, linear)));
+    layers.emplace_back(name, taking ? take_columns(slice, weight) : put_columns(slice, weight));
+    if (linear.bias && slice.rows.defined())
+      layers.emplace_back(there.bias_name(block, linear),
+                          rows(slice, part(stored_bias_name(there, block, linear))));
+    const auto terms = load_terms(checkpoint, name, linear.out, linear.in);
+    if (!terms) continue;
+    const Linear left = wanted.in_block(block, of_all);
+    const AddedTerms changed = taking ? take_terms(slice, *terms) : put_terms(slice, *terms);
+    for (auto& stored : stored_terms(name, changed, left.out, left.in))
+      beside.push_back(std::move(stored));
+  }
+  if (there.relative) {  // DeBERTa's own projections of relative positions
+    const HeadSlice slice = slice_of(*there.find(kQuery));
+    for (const Names& names : {there.relative->key, there.relative->query})
+      for (const std::string& part : {names.weight, names.bias})
+        if (!part.empty()) {
+          const std::string name = there.tensor_name(block, part);
+          beside.emplace_back(name, rows(slice, checkpoint.view(name)));
+        }
+  }
+  NamedTensors tensors = stored_tensors(wanted, checkpoint, layers);
+  tensors.insert(tensors.end(), beside.begin(), beside.end());
+  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& x, const auto& y) {
+    return x.second.element_size() > y.second.element_size();
+  });
+  return tensors;
+}
+
 }  // namespace espalier::model

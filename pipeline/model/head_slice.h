@@ -8,8 +8,10 @@
 #include <utility>
 #include <vector>
 
+#include "pipeline/io/checkpoint.h"
 #include "pipeline/model/added_terms.h"
 #include "pipeline/model/architecture.h"
+#include "pipeline/model/stored_layers.h"
 
 namespace espalier::model {
 
@@ -39,5 +41,11 @@ std::pair<at::Tensor, at::Tensor> take_positions(const HeadSlice& slice,
 /// The terms beside the layer: `up` and the bias follow the rows, `down` the columns.
 AddedTerms take_terms(const HeadSlice& slice, const AddedTerms& terms);
 AddedTerms put_terms(const HeadSlice& slice, const AddedTerms& terms);
+
+/// The block's stored tensors that have rows or columns of heads, and what stands beside them,
+/// brought from the heads of `there` to those of `wanted`: some of them (what goes is taken), or
+/// more (zeros are put). Ordered so that all are aligned in a safetensors file.
+NamedTensors with_heads(const io::Checkpoint& checkpoint, const Architecture& there,
+                        const Architecture& wanted, int64_t block);
 
 }  // namespace espalier::model

@@ -3,13 +3,9 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <numeric>
-
 #include "pipeline/driver/spread.h"
 #include "pipeline/io/safetensors.h"
 #include "pipeline/model/head_slice.h"
-#include "pipeline/model/stored_layers.h"
 
 namespace espalier::exporting {
 namespace {
@@ -17,7 +13,6 @@ namespace {
 namespace fs = std::filesystem;
 using model::Architecture;
 using model::BlockHeads;
-using model::Linear;
 
 bool config_can_say(const Architecture& a) {
   if (!a.states_head_size) return false;
@@ -38,44 +33,6 @@ int64_t missing_heads(const Architecture& a) {
   return missing;
 }
 
-/// The block's tensors that have rows or columns of heads, in full shape.
-model::NamedTensors whole_block(const io::Checkpoint& checkpoint, const Architecture& a,
-                                const Architecture& whole, int64_t block) {
-  const BlockHeads all = whole.heads_of(block), there = a.heads_of(block);
-  model::NamedTensors layers, beside;
-  for (const Linear& full : a.linears) {
-    const Linear linear = a.in_block(block, full);
-    const model::HeadSlice slice = model::head_slice(a, full, all, there);
-    if (!slice.touches()) continue;
-    const auto part = [&](const std::string& stored) {
-      return model::layer_part(a, linear, checkpoint.view(stored));
-    };
-    const std::string name = a.weight_name(block, linear);
-    const at::Tensor weight = part(model::stored_weight_name(a, block, linear));
-    layers.emplace_back(name, put_columns(slice, put_rows(slice, weight)));
-    if (linear.bias && slice.rows.defined())
-      layers.emplace_back(a.bias_name(block, linear),
-                          put_rows(slice, part(model::stored_bias_name(a, block, linear))));
-    if (const auto terms = model::load_terms(checkpoint, name, linear.out, linear.in))
-      for (auto& stored : model::stored_terms(name, put_terms(slice, *terms), full.out, full.in))
-        beside.push_back(std::move(stored));
-  }
-  if (a.relative) {  // DeBERTa's own projections of relative positions
-    const model::HeadSlice slice = model::head_slice(a, *a.find(model::kQuery), all, there);
-    for (const model::Names& names : {a.relative->key, a.relative->query})
-      for (const std::string& name : {names.weight, names.bias})
-        if (!name.empty())
-          beside.emplace_back(a.tensor_name(block, name),
-                              put_rows(slice, checkpoint.view(a.tensor_name(block, name))));
-  }
-  model::NamedTensors tensors = model::stored_tensors(whole, checkpoint, layers);
-  tensors.insert(tensors.end(), beside.begin(), beside.end());
-  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& x, const auto& y) {
-    return x.second.element_size() > y.second.element_size();  // then all are aligned
-  });
-  return tensors;
-}
-
 /// A model derived from this one with zeros for the heads that are gone.
 io::Checkpoint with_zeros(const driver::StageContext& context, const io::Checkpoint& checkpoint,
                           const Architecture& a) {
@@ -86,7 +43,7 @@ io::Checkpoint with_zeros(const driver::StageContext& context, const io::Checkpo
   whole.kept_heads.clear();
   for (int64_t block = group.rank(); block < a.blocks; block += group.size())
     io::write_safetensors(directory / fmt::format("block-{:05}.safetensors", block),
-                          whole_block(checkpoint, a, whole, block));
+                          model::with_heads(checkpoint, a, whole, block));
   group.barrier();
   if (group.is_root()) {
     model::KeptHeads all;

@@ -13,9 +13,7 @@
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/json.h"
 #include "pipeline/io/safetensors.h"
-#include "pipeline/linalg/product.h"
 #include "pipeline/model/head_slice.h"
-#include "pipeline/model/stored_layers.h"
 #include "pipeline/train/adapters_h5.h"
 #include "stages/prune/criterion.h"
 
@@ -24,7 +22,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using model::Architecture;
-using model::BlockHeads;
 using model::Linear;
 using nlohmann::json;
 
@@ -33,55 +30,6 @@ fs::path state_file(const driver::StageContext& context, int64_t block) {
 }
 fs::path block_file(const driver::StageContext& context, int64_t block) {
   return context.directory / "model" / fmt::format("block-{:05}.safetensors", block);
-}
-
-/// A copy of the layer's weight or bias as the checkpoint has it.
-at::Tensor layer(const io::Checkpoint& checkpoint, const Architecture& a, const Linear& linear,
-                 const std::string& stored) {
-  const at::Tensor copy =
-      model::layer_part(a, linear, checkpoint.view(stored)).clone(at::MemoryFormat::Contiguous);
-  checkpoint.drop(stored);
-  return copy;
-}
-
-/// The block's tensors that lose something; `smaller` is the architecture behind the removal.
-model::NamedTensors sliced_block(const io::Checkpoint& checkpoint, const Architecture& a,
-                                 const Architecture& smaller, int64_t block) {
-  const BlockHeads before = a.heads_of(block), after = smaller.heads_of(block);
-  model::NamedTensors layers, beside;
-  for (const Linear& of_all : a.linears) {
-    const Linear linear = a.in_block(block, of_all);
-    const model::HeadSlice slice = model::head_slice(a, linear, before, after);
-    if (!slice.touches()) continue;
-    const std::string name = a.weight_name(block, linear);
-    const at::Tensor weight =
-        layer(checkpoint, a, linear, model::stored_weight_name(a, block, linear));
-    layers.emplace_back(name, take_columns(slice, take_rows(slice, weight)));
-    if (linear.bias && slice.rows.defined())
-      layers.emplace_back(a.bias_name(block, linear),
-                          take_rows(slice, layer(checkpoint, a, linear,
-                                                 model::stored_bias_name(a, block, linear))));
-    const auto terms = model::load_terms(checkpoint, name, linear.out, linear.in);
-    if (!terms) continue;
-    const Linear left = smaller.in_block(block, of_all);
-    for (auto& part : model::stored_terms(name, take_terms(slice, *terms), left.out, left.in))
-      beside.push_back(std::move(part));
-  }
-  if (a.relative) {  // DeBERTa's own projections of relative positions
-    const model::HeadSlice slice = model::head_slice(a, *a.find(model::kQuery), before, after);
-    for (const model::Names& names : {a.relative->key, a.relative->query})
-      for (const std::string& part : {names.weight, names.bias})
-        if (!part.empty()) {
-          const std::string name = a.tensor_name(block, part);
-          beside.emplace_back(name, take_rows(slice, checkpoint.view(name)));
-        }
-  }
-  model::NamedTensors tensors = model::stored_tensors(smaller, checkpoint, layers);
-  tensors.insert(tensors.end(), beside.begin(), beside.end());
-  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& x, const auto& y) {
-    return x.second.element_size() > y.second.element_size();  // then all are aligned
-  });
-  return tensors;
 }
 
 /// `places` among the block's heads leave it.
@@ -104,7 +52,8 @@ void remove_of_block(const driver::StageContext& context, const PruningMethod& m
   Architecture smaller = a;
   smaller.kept_heads.resize(a.blocks);
   smaller.kept_heads[block] = kept;
-  io::write_safetensors(block_file(context, block), sliced_block(checkpoint, a, smaller, block));
+  io::write_safetensors(block_file(context, block),
+                        model::with_heads(checkpoint, a, smaller, block));
   json removed = json::array();
   for (const int64_t place : gone) removed.push_back(heads[place]);
   const json decided = {{"kept", kept}, {"removed", removed}, {"scores", scores}};
