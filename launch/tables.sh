@@ -12,8 +12,8 @@
 #   overrides  of every sweep: task=rte run.seed=0 runs that part of a table, retrain.steps=2 a trial of it
 #
 # A table is a named configuration and the sweeps listed here. The members lie in outputs/table_*-sweep; those
-# that tables share are run once. The same command goes on where it stopped. launch/table_rows.py prints a
-# table's rows. Needs launch/setup.sh --tests and launch/build.sh. What it costs: configs/README.md.
+# that tables share are run once. The same command goes on where it stopped; a sweep that fails does not stop
+# those behind it. launch/table_rows.py prints a table's rows. Needs launch/setup.sh --tests and launch/build.sh. What it costs: configs/README.md.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 scripts="$ESPALIER_SOURCE/launch"
@@ -110,17 +110,30 @@ while [ $# -gt 0 ]; do
 done
 [ ${#tables[@]} -gt 0 ] || fail "tables.sh takes a table: ${TABLES[*]}, or all"
 
+# Members whose figures left the finite range: each ends a start, and the next start passes over it.
+diverged() { find outputs -path '*-sweep/*/failure.json' -exec grep -l '"numerical": true' {} + 2>/dev/null | wc -l; }
+
+failed=()
 sweep() {
-  local name="$1" arguments
+  local name="$1" arguments title before
   shift
   # A task of GLUE asks for its part of a table, which SmolLM2's sweeps are none of.
   if [ "$name" != table_glue ] && [[ " ${overrides[*]} " == *" task="* ]]; then return; fi
   arguments=(--config-name "$name" -m "$@" "${overrides[@]}")
   if [ "$list" = 1 ]; then
     printf '%s\n' "${arguments[*]@Q}"
-  else
-    step "$table: $* ${overrides[*]}" "$scripts/run.sh" -n "$ranks" --threads 1 -- "${arguments[@]}"
+    return
   fi
+  title="$table: $* ${overrides[*]}"
+  while :; do
+    before=$(diverged)
+    try_step "$title" "$scripts/run.sh" -n "$ranks" --threads 1 -- "${arguments[@]}"
+    if [ "$step_status" = 0 ]; then return; fi
+    [ "$(diverged)" -gt "$before" ] || break
+  done
+  if grep 'the sweep is done but for' -A 99 "$step_log"; then return; fi
+  tail -n 60 "$step_log" >&2
+  failed+=("$title (the whole output is in $step_log)")
 }
 
 if [ "$list" = 0 ]; then
@@ -131,3 +144,4 @@ if [ "$list" = 0 ]; then
   cd "$ESPALIER_SOURCE"  # a sweep's directories are relative to it
 fi
 for table in "${tables[@]}"; do "${table}_table"; done
+[ ${#failed[@]} = 0 ] || fail "tables.sh: these failed: $(printf '\n  %s' "${failed[@]}")"

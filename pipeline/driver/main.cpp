@@ -33,10 +33,9 @@ std::filesystem::path sweep_directory(const config::Composition& member) {
 
 /// In a sweep each member has a directory of its own, named by its overrides.
 config::Composition compose_member(config::Request request,
-                                   const std::vector<std::string>& overrides, bool sweep) {
+                                   const std::vector<std::string>& overrides) {
   request.overrides = overrides;
-  config::Composition composition = config::compose(request);
-  if (!sweep) return composition;
+  const config::Composition composition = config::compose(request);
   for (const auto& override : overrides)
     if (override.starts_with("run.dir="))
       throw UserError(
@@ -67,32 +66,55 @@ driver::SweepMember member_of(const config::Composition& composition,
   return {overrides, static_cast<uint64_t>(run.integer_or("seed", 0, {.low = 0})), run.text("dir")};
 }
 
-void run(const CommandLine& line, std::optional<comm::Communicator>& group) {
-  const auto members = line.multirun
-                           ? config::expand_sweep(line.request)
-                           : std::vector<std::vector<std::string>>{line.request.overrides};
+/// The communicator with the deadline that this configuration asks for.
+comm::Communicator world_of(const config::Composition& composition) {
+  return comm::Communicator::world(
+      composition.root().child("cluster").number("timeout_seconds", {.low = 0, .low_open = true}));
+}
+
+/// Members one after another, each checked before the first of them begins. One whose figures left
+/// the finite range ends this start, and at the next it is passed over.
+void run_sweep(const CommandLine& line, std::optional<comm::Communicator>& group) {
+  const auto overrides = config::expand_sweep(line.request);
+  std::vector<config::Composition> members;
+  for (const auto& one : overrides) {
+    members.push_back(compose_member(line.request, one));
+    group = world_of(members.back());
+    if (line.plan)
+      driver::plan(members.back(), *group);
+    else
+      driver::check(members.back(), *group);
+  }
+  if (line.plan) return;
   std::map<std::filesystem::path, Sweep> sweeps;  // several when run.name is swept
-  for (const auto& overrides : members) {
-    const config::Composition composition = compose_member(line.request, overrides, line.multirun);
-    const double timeout =
-        composition.root().child("cluster").number("timeout_seconds", {.low = 0, .low_open = true});
-    group = comm::Communicator::world(timeout);
-    if (line.plan) {
-      driver::plan(composition, *group);
-      continue;
-    }
-    if (!line.multirun) {
-      driver::carry_out(composition, *group);
-      continue;
-    }
-    const auto directory = sweep_directory(composition);
+  std::string diverged;
+  for (size_t i = 0; i < members.size(); ++i) {
+    group = world_of(members[i]);
+    const auto directory = sweep_directory(members[i]);
     Sweep& sweep =
         sweeps.try_emplace(directory, Sweep{driver::SharedStages(directory)}).first->second;
-    driver::carry_out(composition, *group, &sweep.shared);
-    sweep.members.push_back(member_of(composition, overrides));
+    sweep.members.push_back(member_of(members[i], overrides[i]));
+    const std::string failure = driver::diverged_before(members[i], *group);
+    if (failure.empty())
+      driver::carry_out(members[i], *group, &sweep.shared);
+    else
+      diverged += "\n  " + failure;
   }
   for (const auto& [directory, sweep] : sweeps)
     if (group->is_root()) driver::write_summary(directory, sweep.members);
+  group->barrier();
+  if (!diverged.empty())
+    throw NumericalError("the sweep is done but for members that have no figures:" + diverged);
+}
+
+void run(const CommandLine& line, std::optional<comm::Communicator>& group) {
+  if (line.multirun) return run_sweep(line, group);
+  const config::Composition composition = config::compose(line.request);
+  group = world_of(composition);
+  if (line.plan)
+    driver::plan(composition, *group);
+  else
+    driver::carry_out(composition, *group);
 }
 
 void print(const CommandLine& line) {

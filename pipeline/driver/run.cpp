@@ -275,12 +275,14 @@ void run_entry(Running& running, const Entry& entry) {
 /// failure.json: where and why, for the report of a run that did not end. Best effort: the error
 /// itself is what the person must see.
 void write_failure(const Running& running, const Entry& entry,
-                   const std::string& message) noexcept {
+                   const std::exception& error) noexcept {
   try {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     io::write_file(running.run.directory / "failure.json",
                    json{{"stage", entry.directory},
-                        {"message", message},
+                        {"message", error.what()},
+                        {"numerical", dynamic_cast<const NumericalError*>(&error) != nullptr},
+                        {"numerics", kNumericsVersion},
                         {"rank", running.run.group.rank()},
                         {"time", std::chrono::duration<double>(now).count()}}
                            .dump(2) +
@@ -359,11 +361,33 @@ void carry_out(const config::Composition& composition, comm::Communicator group,
     } catch (const Requeue&) {
       throw;
     } catch (const std::exception& error) {
-      write_failure(prepared.running, entry, error.what());
+      write_failure(prepared.running, entry, error);
       throw;
     }
   }
   if (group.is_root()) print_table(shared.run_directory, prepared.entries);
+}
+
+void check(const config::Composition& composition, comm::Communicator group) {
+  const Prepared prepared(composition, group, nullptr);
+  if (group.is_root()) check_run_directory(composition, prepared.shared);
+  group.barrier();
+}
+
+std::string diverged_before(const config::Composition& composition,
+                            const comm::Communicator& group) {
+  std::string found;
+  if (group.is_root()) {
+    const config::Section run = composition.root().child("run");
+    const fs::path directory = run.text("dir"), file = directory / "failure.json";
+    const json failure =
+        fs::exists(file) ? json::parse(io::read_file(file), nullptr, false) : json::object();
+    if (run.flag_or("resume", true) && failure.is_object() && failure.value("numerical", false) &&
+        failure.value("numerics", "") == kNumericsVersion)
+      found = fmt::format("{}: {}: {} (run.resume=false tries again)", directory.string(),
+                          failure.value("stage", ""), failure.value("message", ""));
+  }
+  return group.broadcast(found);
 }
 
 void plan(const config::Composition& composition, comm::Communicator group) {

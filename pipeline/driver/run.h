@@ -16,6 +16,14 @@ namespace espalier::driver {
 void carry_out(const config::Composition& composition, comm::Communicator group,
                SharedStages* siblings = nullptr);
 
+/// All that carry_out() does before its first write. Collective; throws as it does.
+void check(const config::Composition& composition, comm::Communicator group);
+
+/// What ended an earlier start of this very run by a NumericalError, "DIRECTORY: STAGE: message";
+/// empty without one. The same bits would end it again. Collective.
+std::string diverged_before(const config::Composition& composition,
+                            const comm::Communicator& group);
+
 /// --plan: reads and checks all that carry_out() does before its first write, and prints what each
 /// entry will do. Writes nothing. Collective; throws as carry_out() does.
 void plan(const config::Composition& composition, comm::Communicator group);

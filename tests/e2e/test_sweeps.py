@@ -319,3 +319,29 @@ def test_a_sweep_that_is_repeated_by_one_seed_more_summarizes_its_own_members(fi
         one, = json.loads((tmp_path / SWEEP / "summary.json").read_text())["configurations"]
         assert one["seeds"] == [int(seed) for seed in seeds.split(",")]
         assert one["settings"] == {}
+
+
+def test_every_member_is_checked_before_the_first_begins(words):
+    """row_groups=7 divides no matrix: nothing of the other member may have been spent."""
+    ended = program.run(*words, "-m", "retrain.row_groups=4,-7")
+    assert ended.code == 2 and "row_groups" in ended.messages[0], ended
+    assert not SWEEP.exists() or list(SWEEP.iterdir()) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_member_that_diverges_is_passed_over_by_the_next_start(words, ranks):
+    sweep = [*words, "pipeline=[prune,retrain,evaluate]", "-m", "retrain.learning_rate=1e30,1e-3"]
+    ended = program.run(*sweep, ranks=ranks)
+    assert ended.code == 2 and len(ended.messages) == 1 and "finite" in ended.messages[0], ended
+    diverged = next(SWEEP.glob("*1e+30*"))
+    assert json.loads((diverged / "failure.json").read_text())["numerical"] is True, ended
+    ended = program.run(*sweep, ranks=ranks)
+    assert ended.code == 2 and "the sweep is done but for members that have no figures" in ended.errors, ended
+    assert str(diverged) in ended.errors and "run.resume=false" in ended.errors
+    rows = json.loads((SWEEP / "summary.json").read_text())["configurations"]
+    by_rate = {float(row["settings"]["retrain.learning_rate"]): row["tasks"] for row in rows}
+    assert by_rate[1e30] == {} and by_rate[1e-3]["text"]["reported"]["perplexity"]["count"] == 1
+    # It is tried again when it is asked for.
+    ended = program.run(*words, "pipeline=[prune,retrain,evaluate]", "-m", "retrain.learning_rate=1e30",
+                        "run.resume=false", ranks=ranks)
+    assert ended.code == 2 and "no figures" not in ended.errors, ended
