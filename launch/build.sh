@@ -6,12 +6,16 @@
 # The variables it obeys are listed at the top of launch/environment.sh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+asked_for_help "$@"
 
 tests=OFF
 if [ "${1:-}" = --tests ]; then
   tests=ON
   shift
 fi
+for target in "$@"; do
+  case "$target" in -*) fail "build.sh: $target is not --tests, which comes first; see --help" ;; esac
+done
 targets=("$@")
 if [ ${#targets[@]} = 0 ]; then
   if [ "$tests" = ON ]; then targets=(all); else targets=(espalier); fi

@@ -35,6 +35,13 @@ fail() {
   exit 1
 }
 
+# --help: the comment at the top of the script that was started.
+show_help() {
+  sed -n '2,/^set -/p' "$0" | sed '$d; s/^# \{0,1\}//'
+  exit 0
+}
+asked_for_help() { case "${1:-}" in -h | --help) show_help ;; esac }
+
 # quoted TEXT: the text as an override's value, whatever signs it holds (a directory called a=1,b=2).
 quoted() { printf "'%s'" "${1//\'/\\\'}"; }
 

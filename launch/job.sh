@@ -5,6 +5,10 @@
 # of every node save and exit with 75, and the job is requeued.
 # Slurm runs a copy of this file, hence the first argument.
 set -uo pipefail
+if [ $# -lt 2 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
+  echo "espalier: job.sh is started by Slurm; launch/submit.sh --help says how to submit a run" >&2
+  exit 2
+fi
 source_folder="$1" ranks="$2"
 shift 2
 # shellcheck source=launch/environment.sh

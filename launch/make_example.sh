@@ -4,6 +4,7 @@
 #   launch/make_example.sh [--tests]      with --tests also the second model that only the tests read
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+asked_for_help "$@"
 python="$ESPALIER_VENV/bin/python"
 scripts="$ESPALIER_SOURCE/launch"
 wanted=(smollm2:smollm2-135m)

@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
     --model) model="$(realpath -m -- "${2:?--model takes a checkpoint directory}")"; shift 2 ;;
     --text) text="$(realpath -m -- "${2:?--text takes a file}")"; shift 2 ;;
     --ranks) ranks="${2:?--ranks takes a number}"; shift 2 ;;
-    -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) show_help ;;
     -*) fail "quickstart.sh: $1 is none of --model, --text, --ranks" ;;
     *) break ;;
   esac

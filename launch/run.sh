@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
     -n | --ranks) ranks="${2:?-n takes the number of ranks}"; shift 2 ;;
     --hostfile) hostfile="${2:?--hostfile takes a file}"; shift 2 ;;
     --threads) threads="${2:?--threads takes a number}"; shift 2 ;;
-    -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) show_help ;;
     --) shift; break ;;
     *) break ;;
   esac

@@ -18,7 +18,7 @@ for argument in "$@"; do
     --check) check=true ;;
     --own-model) own_model=true ;;
     --tests) tests=true ;;
-    -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) show_help ;;
     *) fail "setup.sh: $argument is none of --own-model, --tests, --check" ;;
   esac
 done

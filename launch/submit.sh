@@ -4,7 +4,10 @@
 # where the same command goes on from there. The bits are those of an undisturbed run.
 #
 #   launch/submit.sh [--nodes N] [--ranks-per-node R] [--time T] [--partition P] [--account A]
-#                    [--gpus-per-node G] [--] espalier's arguments...
+#                    [--gpus-per-node G] [--unchecked] [--] espalier's arguments...
+#
+# Before anything is queued, espalier --plan looks at configuration, model and data here and prints what will
+# be done; --unchecked leaves that out where this machine sees no data.
 #
 #   launch/submit.sh --nodes 4 --config-name llama_2to4 model.path=/models/llama
 #
@@ -16,7 +19,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-nodes=1 ranks_per_node=1 time=04:00:00 options=()
+nodes=1 ranks_per_node=1 time=04:00:00 checked=1 options=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --nodes) nodes="${2:?--nodes takes a number}"; shift 2 ;;
@@ -32,13 +35,26 @@ while [ $# -gt 0 ]; do
       options+=("$1=${2:?$1 takes a value}")
       shift 2
       ;;
-    -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) show_help ;;
+    --unchecked) checked=0; shift ;;
     --) shift; break ;;
     *) break ;;
   esac
 done
+for number in "$nodes" "$ranks_per_node"; do
+  [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "submit.sh: $number is no number of nodes, ranks or GPUs"
+done
+for argument in "$@"; do
+  case "$argument" in
+    --nodes* | --ranks-per-node* | --gpus-per-node* | --time* | --partition* | --account* | --qos* | --constraint* | --job-name* | --output*)
+      fail "submit.sh: $argument is Slurm's and comes before espalier's arguments" ;;
+  esac
+done
 command -v sbatch >/dev/null || fail "sbatch is not here; submit from a machine of the Slurm cluster, or use launch/run.sh"
 [ -x "$ESPALIER_BUILD/espalier" ] || fail "$ESPALIER_BUILD/espalier is not there; launch/setup.sh and then launch/build.sh make it"
+if [ "$checked" = 1 ]; then
+  "$ESPALIER_BUILD/espalier" --plan "$@" || fail "submit.sh: nothing was queued (--unchecked submits without this look)"
+fi
 
 exec sbatch --nodes="$nodes" --ntasks-per-node="$ranks_per_node" --exclusive --time="$time" --requeue \
   --open-mode=append --signal=B:USR1@120 --job-name=espalier "${options[@]}" \

@@ -9,7 +9,8 @@
 #              (ESPALIER_TEST_DATA)
 #   --ranks    MPI ranks of one thread each                         (2)
 #   --list     prints the sweeps as command lines and does nothing
-#   overrides  of every sweep: task=rte run.seed=0 runs that part of a table, retrain.steps=2 a trial of it
+#   overrides  of every sweep: task=sst2 run.seed=0 runs that part of a table, retrain.steps=2 a trial of it. A
+#              sweep that has the key with other values alone is left out
 #
 # A table is a named configuration and the sweeps listed here. The members lie in outputs/table_*-sweep; those
 # that tables share are run once. The same command goes on where it stopped; a sweep that fails does not stop
@@ -98,7 +99,7 @@ while [ $# -gt 0 ]; do
     --data) data="${2:?--data takes a folder}"; shift 2 ;;
     --ranks) ranks="${2:?--ranks takes a number}"; shift 2 ;;
     --list) list=1; shift ;;
-    -h | --help) sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) show_help ;;
     all) tables=("${TABLES[@]}"); shift ;;
     *=*) overrides+=("$1"); shift ;;
     *)
@@ -113,12 +114,31 @@ done
 # Members whose figures left the finite range: each ends a start, and the next start passes over it.
 diverged() { find outputs -path '*-sweep/*/failure.json' -exec grep -l '"numerical": true' {} + 2>/dev/null | wc -l; }
 
+# left_out NAME WORD...: whether the person's overrides ask for nothing of this sweep: none of the values that it
+# has for a key, or a task of GLUE where it is SmolLM2's.
+left_out() {
+  local name="$1" override key word value found
+  shift
+  for override in "${overrides[@]}"; do
+    key="${override%%=*}"
+    if [ "$key" = task ] && [ "$name" != table_glue ]; then return 0; fi
+    for word in "$@"; do
+      [ "${word%%=*}" = "$key" ] || continue
+      found=0
+      for value in $(tr , ' ' <<<"${override#*=}"); do
+        [[ ",${word#*=}," != *",$value,"* ]] || found=1
+      done
+      [ "$found" = 1 ] || return 0
+    done
+  done
+  return 1
+}
+
 failed=()
 sweep() {
   local name="$1" arguments title before
   shift
-  # A task of GLUE asks for its part of a table, which SmolLM2's sweeps are none of.
-  if [ "$name" != table_glue ] && [[ " ${overrides[*]} " == *" task="* ]]; then return; fi
+  if left_out "$name" "$@"; then return; fi
   arguments=(--config-name "$name" -m "$@" "${overrides[@]}")
   if [ "$list" = 1 ]; then
     printf '%s\n' "${arguments[*]@Q}"

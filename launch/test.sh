@@ -7,6 +7,7 @@
 # The variables it obeys are listed at the top of launch/environment.sh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+asked_for_help "$@"
 cd "$ESPALIER_SOURCE"
 
 launch/setup.sh --tests

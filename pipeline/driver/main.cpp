@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <map>
@@ -13,6 +14,7 @@
 #include "pipeline/driver/signals.h"
 #include "pipeline/driver/sweep_summary.h"
 #include "pipeline/errors.h"
+#include "pipeline/io/checksum.h"
 #include "pipeline/linalg/product.h"
 #include "stages/compress/decode.h"
 
@@ -31,6 +33,21 @@ std::filesystem::path sweep_directory(const config::Composition& member) {
   return fmt::format("outputs/{}-sweep", member.root().child("run").text("name"));
 }
 
+/// The overrides as the name of one directory: no slash in it, and 255 bytes at most.
+std::string member_name(const config::Composition& member) {
+  constexpr size_t kLongest = 255, kHash = 12;
+  std::string name = member.override_dirname(changes_no_result);
+  if (name.empty()) return "no-overrides";
+  const std::string whole = name;
+  std::replace(name.begin(), name.end(), '/', '_');
+  if (name.size() > kLongest) {
+    size_t end = kLongest - kHash - 1;
+    while ((name[end] & 0xC0) == 0x80) --end;  // between two signs of UTF-8
+    name = name.substr(0, end) + "~" + io::checksum(whole).substr(0, kHash);
+  }
+  return name;
+}
+
 /// In a sweep each member has a directory of its own, named by its overrides.
 config::Composition compose_member(config::Request request,
                                    const std::vector<std::string>& overrides) {
@@ -43,9 +60,8 @@ config::Composition compose_member(config::Request request,
                       "outputs/<run.name>-sweep/<overrides>; set run.name instead",
                       override));
   // The name is itself the text of overrides, quotes among it.
-  std::string quoted, dirname = composition.override_dirname(changes_no_result);
-  if (dirname.empty()) dirname = "no-overrides";
-  for (char c : dirname) {
+  std::string quoted;
+  for (const char c : member_name(composition)) {
     if (c == '\'' || c == '\\') quoted += '\\';
     quoted += c;
   }

@@ -69,15 +69,16 @@ void check_run_directory(const config::Composition& composition, const Shared& s
   const json environment = json::parse(io::read_file(environment_file), nullptr, false);
   if (environment.is_discarded() || !environment.contains("configuration"))
     throw UserError(
-        fmt::format("{}: cannot be read; choose another run.dir or pass "
-                    "run.resume=false",
+        fmt::format("{}: cannot be read; choose another run.dir, or pass run.resume=false, which "
+                    "removes the run's stages",
                     environment_file.string()));
   const std::string difference = first_difference(
       environment["configuration"], without_free_keys(json::parse(composition.json(true))));
   if (!difference.empty())
     throw UserError(
-        fmt::format("{}: the run was started with {}; choose another run.dir or pass "
-                    "run.resume=false",
+        fmt::format("{0}: the run was started with {1}; choose another run.dir (a model that it "
+                    "left can be taken by model.path={0}/ENTRY/model), or pass run.resume=false, "
+                    "which removes its stages",
                     directory.string(), difference));
 }
 

@@ -101,8 +101,9 @@ struct Closing {
 void throw_environment_error(const std::filesystem::path& file, const std::string& action,
                              const std::string& reason) {
   throw EnvironmentError(
-      fmt::format("{}: {}: {}; {} bytes are free on its file system; "
-                  "free space or mend the permissions, or choose another run.dir",
+      fmt::format("{}: {}: {}; {} bytes are free on its file system; free space, mend the "
+                  "permissions, or choose another directory (run.dir, export.directory; a shorter "
+                  "run.name and fewer overrides make a sweep's names shorter)",
                   file.string(), action, reason, free_bytes(file)));
 }
 

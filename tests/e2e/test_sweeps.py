@@ -345,3 +345,11 @@ def test_a_member_that_diverges_is_passed_over_by_the_next_start(words, ranks):
     ended = program.run(*words, "pipeline=[prune,retrain,evaluate]", "-m", "retrain.learning_rate=1e30",
                         "run.resume=false", ranks=ranks)
     assert ended.code == 2 and "no figures" not in ended.errors, ended
+
+
+def test_paths_and_many_words_among_the_overrides_still_name_one_directory_a_member(words, files):
+    many = ",".join(f'"model.layers.{index}.mlp.*"' for index in range(20))
+    run_well(*words, "pipeline=[prune]", "-m", f"model.path={files.model}", f"prune.exclude=[{many}]",
+             "prune.sparsity=0.3,0.4", "prune.pattern=unstructured")
+    members = sorted(SWEEP.glob("*/config.yaml"))
+    assert len(members) == 2 and all(len(member.parent.name.encode()) <= 255 for member in members)
