@@ -28,6 +28,9 @@ glue          --task CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE or WNLI. One
 
 --template    instruction: alpaca (default) or plain; choices: see there.
 
+Lines and records that cannot be read are left out and named; where they are more than 20, all of them in
+F.h5.unread.txt.
+
 The file:  /tokens int32 [n], /offsets int64 [rows + 1]; where the kind has them /labels int64 (STS-B
 float32), /loss_mask uint8 [n], /choice_of int64 [rows], and for classification /token_types uint8
 [n] and /characters int64 [rows] for choices. Attributes of the root: kind, tokenizer_checksum
@@ -155,19 +158,26 @@ class TokenSet:
 
 
 class Unreadable:
-    """Lines and records that could not be read: counted, the first ones shown."""
+    """Lines and records that could not be read: shown, and in a file where they are many."""
 
-    def __init__(self) -> None:
+    SHOWN = 20
+
+    def __init__(self, output: Path) -> None:
         self.places: list[str] = []
+        self.file = output.with_name(output.name + ".unread.txt")
 
     def add(self, place: str, reason: str) -> None:
         self.places.append(f"{place}: {reason}")
 
     def tell(self) -> None:
-        for place in self.places[:20]:
+        self.file.unlink(missing_ok=True)  # an earlier run's
+        for place in self.places[:self.SHOWN]:
             print(f"espalier: not read: {place}", file=sys.stderr)
-        if len(self.places) > 20:
-            print(f"espalier: not read: {len(self.places) - 20} more", file=sys.stderr)
+        if len(self.places) > self.SHOWN:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text("\n".join(self.places) + "\n", encoding="utf-8")
+            print(f"espalier: not read: {len(self.places) - self.SHOWN} more; all of them are in {self.file}",
+                  file=sys.stderr)
 
 
 def read_text(file: Path) -> str:
@@ -179,8 +189,9 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file} is not UTF-8 at byte {error.start}; convert it, for example with iconv") from error
 
 
-def records(file: Path, unreadable: Unreadable) -> Iterator[tuple[str, dict]]:
-    """(place, record) of a JSON file (a list of records, or one of its values is) or of JSON lines."""
+def records(file: Path, key: str, unreadable: Unreadable) -> Iterator[tuple[str, dict]]:
+    """(place, record) of a JSON file (a list of records, or one of its values is) or of JSON lines. Every record of
+    the format has `key`: what has it holds no list of records, whatever else stands in it."""
     text = read_text(file)
     try:
         whole = json.loads(text)
@@ -202,7 +213,9 @@ def records(file: Path, unreadable: Unreadable) -> Iterator[tuple[str, dict]]:
             else:
                 unreadable.add(place, "is no record in braces")
         return
-    if isinstance(whole, dict):
+    if isinstance(whole, dict) and (key in whole or file.suffix != ".json"):
+        whole = [whole]
+    elif isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         whole = lists[0] if len(lists) == 1 else [whole]
     for number, record in enumerate(whole):
@@ -223,13 +236,14 @@ def text_of(record: dict, key: str) -> str:
 # ------------------------------------------------------------------------------- text
 def read_documents(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable: Unreadable) -> TokenSet:
     result = TokenSet()
+    key = arguments.field or "text"
     for file in progress(arguments.input, "documents"):
         if file.suffix not in (".json", ".jsonl"):
             result.add(checkpoint.plain(read_text(file)))
             continue
-        for place, record in progress(records(file, unreadable), file.name):
+        for place, record in progress(records(file, key, unreadable), file.name):
             try:
-                result.add(checkpoint.plain(text_of(record, arguments.field or "text")))
+                result.add(checkpoint.plain(text_of(record, key)))
             except ValueError as error:
                 unreadable.add(place, str(error))
     return result
@@ -261,7 +275,7 @@ def read_instructions(arguments: argparse.Namespace, checkpoint: Checkpoint, unr
     template = "plain" if arguments.raw else arguments.template or "alpaca"
     output_field = arguments.field or "output"
     for file in arguments.input:
-        for place, record in progress(records(file, unreadable), file.name):
+        for place, record in progress(records(file, "instruction", unreadable), file.name):
             try:
                 given = record.get("input") or ""
                 if not isinstance(given, str):
@@ -301,7 +315,8 @@ def read_questions(files: list[Path], template: str, context_field: str,
             for _, sentences, label in labelled_rows(file, GLUE_TASKS["RTE"], "RTE", unreadable):
                 yield entailment_question(*sentences, int(label))
             continue
-        for place, record in progress(records(file, unreadable), file.name):
+        key = "instruction" if template in RECORD_TEMPLATES else "choices"
+        for place, record in progress(records(file, key, unreadable), file.name):
             try:
                 if template in RECORD_TEMPLATES:
                     yield RECORD_TEMPLATES[template](record)
@@ -450,6 +465,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--shots K (above 0) and --shots-from FILE go together")
     if arguments.length is not None and arguments.length < 8:
         parser.error(f"--length {arguments.length}: at least 8 tokens a row")
+    if arguments.raw and arguments.template not in (None, "plain"):
+        parser.error(f"--raw leaves the template out, and --template {arguments.template} asks for one")
+    if arguments.field and (arguments.format == "glue" or arguments.format == "choices"
+                            and arguments.template not in (None, "plain", "question")):
+        parser.error(f"--field is not read by --format {arguments.format}"
+                     + (f" --template {arguments.template}" if arguments.template else ""))
     if arguments.template and arguments.template not in TEMPLATES[arguments.format]:
         legal = ", ".join(TEMPLATES[arguments.format]) or "none"
         parser.error(f"--template {arguments.template}: --format {arguments.format} knows {legal}")
@@ -458,7 +479,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    unreadable = Unreadable()
+    unreadable = Unreadable(arguments.output)
     try:
         checkpoint = Checkpoint(arguments.tokenizer)
         result = FORMATS[arguments.format](arguments, checkpoint, unreadable)

@@ -61,8 +61,8 @@ class Member:
     def evaluations(self) -> list[dict]:
         return [metrics for entry, metrics in self.stages if "tasks" in metrics and entry.startswith("evaluate")]
 
-    def scores(self, evaluation: int) -> dict[str, float]:
-        """By column. GLUE's tasks are all called labels: there the column is the task chosen."""
+    def scores(self, evaluation: int) -> dict[str, tuple[str, float]]:
+        """By column its metric and the value. GLUE's tasks are all called labels: there the column is the task chosen."""
         all_of = self.evaluations()
         index = evaluation - 1 if evaluation > 0 else evaluation
         if not -len(all_of) <= index < len(all_of):
@@ -92,9 +92,10 @@ class Member:
         return [values[step] for step in sorted(values)]
 
 
-def leading(values: dict) -> float:
+def leading(values: dict) -> tuple[str, float]:
     """The metric that the task reports first, else the first known one."""
-    return values[next(name for name in [*values.get("reported", []), *METRICS] if name in values)]
+    name = next(name for name in [*values.get("reported", []), *METRICS] if name in values)
+    return name, values[name]
 
 
 def read_member(directory: Path) -> Member | None:
@@ -146,10 +147,11 @@ def number_text(name: str, value: float) -> str:
     return f"{value:.4f}" if 0.001 <= abs(value) < 10 else f"{value:.4g}"
 
 
-def score_text(column: str, values: list[float], usual: int) -> str:
+def score_text(metric: str, values: list[float], usual: int) -> str:
+    """Perplexities as they are, every other metric in percent."""
     if not values:
         return "–"
-    scale, places = (1, 2) if column == "text" else (100, 1)
+    scale, places = (1, 2) if metric == "perplexity" else (100, 1)
     text = f"{scale * statistics.mean(values):.{places}f}"
     if len(values) > 1:
         text += f" ± {scale * statistics.stdev(values):.{places}f}"
@@ -163,21 +165,22 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def score_table(cells: dict, arguments: argparse.Namespace) -> str:
     scores: dict = {}
+    metrics: dict[str, str] = {}  # of each column
     for cell, members in cells.items():
         for member in members:
-            for column, value in member.scores(arguments.evaluation).items():
+            for column, (metric, value) in member.scores(arguments.evaluation).items():
                 scores.setdefault(cell, {}).setdefault(column, []).append(value)
-    columns = list(dict.fromkeys(column for of_cell in scores.values() for column in of_cell))
+                metrics.setdefault(column, metric)
     usual = statistics.mode([len(values) for of_cell in scores.values() for values in of_cell.values()])
     rows = []
     for cell, of_cell in scores.items():
-        row = [label(cell)] + [score_text(column, of_cell.get(column, []), usual) for column in columns]
+        row = [label(cell)] + [score_text(metric, of_cell.get(column, []), usual) for column, metric in metrics.items()]
         for name in arguments.figures:
             values = [value for member in cells[cell] if (value := member.figure(name)) is not None]
             row.append(number_text(name, statistics.mean(values)) if values else "–")
         rows.append(row)
     names = [name.rpartition(".")[2].replace("_", " ") for name in arguments.figures]
-    return table(["cell", *columns, *names], rows)
+    return table(["cell", *metrics, *names], rows)
 
 
 def curve_table(cells: dict) -> str:

@@ -116,6 +116,39 @@ def test_every_record_of_json_lines_is_a_document_and_bad_lines_are_named(checkp
     assert all(f"a.jsonl:{line}:" in told for line in (2, 3, 5)) and "a.jsonl:1:" not in told
 
 
+def test_more_bad_lines_than_are_shown_are_all_in_a_file(checkpoint, tmp_path):
+    lines = [json.dumps({"text": TEXT}), *["{broken"] * 25]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    _, told = prepare(checkpoint, tmp_path / "t.h5", "--format", "text", "--input", tmp_path / "a.jsonl")
+    unread = (tmp_path / "t.h5.unread.txt").read_text().splitlines()
+    assert [line.partition(": ")[0] for line in unread] == [f"{tmp_path}/a.jsonl:{number}" for number in range(2, 27)]
+    assert "5 more" in told and str(tmp_path / "t.h5.unread.txt") in told
+    (tmp_path / "a.jsonl").write_text(lines[0])
+    prepare(checkpoint, tmp_path / "t.h5", "--format", "text", "--input", tmp_path / "a.jsonl")
+    assert not (tmp_path / "t.h5.unread.txt").exists()
+
+
+@pytest.mark.parametrize("name, wrapped, documents", [("a.jsonl", False, [TEXT]), ("a.json", False, [TEXT]),
+                                                      ("a.json", True, ["inner", "second"])])
+def test_a_record_that_holds_records_is_itself_read(checkpoint, judge, tmp_path, name, wrapped, documents):
+    """Only a .json file's one dictionary that is no record of the format is opened for the list inside."""
+    inside = [{"text": "inner"}, {"text": "second"}]
+    (tmp_path / name).write_text(json.dumps({"data": inside} if wrapped else {"text": TEXT, "sources": inside}))
+    values, _ = prepare(checkpoint, tmp_path / "t.h5", "--format", "text", "--input", tmp_path / name)
+    assert rows(values) == [plain(judge, text) for text in documents]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--format", "glue", "--task", "RTE", "--field", "x"], "--field is not read by --format glue"),
+    (["--format", "choices", "--template", "arc", "--field", "x"], "--field is not read by --format choices --template arc"),
+    (["--format", "instruction", "--raw", "--template", "alpaca"], "--raw leaves the template out"),
+])
+def test_an_option_that_would_be_without_effect_is_refused(checkpoint, tmp_path, arguments, words):
+    (tmp_path / "a.json").write_text("[]")
+    _, told = prepare(checkpoint, tmp_path / "t.h5", *arguments, "--input", tmp_path / "a.json", code=2)
+    assert words in told
+
+
 INSTRUCTIONS = [
     {"instruction": "Name a tree with {braces}.", "input": "", "output": "A pear tree."},
     {"instruction": "Shorten this.", "input": "The wall is to the south.", "output": "South wall."},
