@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Makes an HDF5 token set, which is what the engine reads, out of text, JSON, JSONL or GLUE TSV.
+"""Makes an HDF5 token set, which is what the engine reads, out of text, JSON, JSONL or TSV.
 
     prepare_data.py --tokenizer DIR --format text|instruction|choices|glue --input FILE...
                     --output F.h5 [--task RTE] [--length N] [--template NAME] [--raw]
                     [--field NAME] [--shots K --shots-from FILE...]
+                    [--columns TEXT[,TEXT] --label NAME --classes A,B,...|numbers]
 
 --tokenizer is a checkpoint directory (tokenizer.json, tokenizer_config.json, config.json).
 
@@ -22,9 +23,12 @@ choices       questions with choices. Each choice is one row of /tokens, /choice
                 answer (number from 0, letter, or the choice's text; one context a choice is allowed)
               --shots K --shots-from FILE...: the first K solved questions of FILE, other than the
               question itself, stand before every question.
-glue          --task CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE or WNLI. One or two sentences
-              a row, joined as the tokenizer's own template joins them; /labels one a row. --length N
-              cuts the longer sentence until the row has N tokens, as transformers does.
+glue          labelled rows. --task CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE or WNLI of GLUE, or a table
+              of your own, TSV with a header line, .json or .jsonl: --columns names one or two texts, --label
+              the label, --classes all its values in the order of the model's labels ("numbers":
+              regression). One or two sentences a row, joined as the tokenizer's own template joins them;
+              /labels one a row. --length N cuts the longer sentence until the row has N tokens, as
+              transformers does.
 
 --template    instruction: alpaca (default) or plain; choices: see there.
 
@@ -381,12 +385,32 @@ def labelled_rows(file: Path, task: GlueTask, name: str,
             unreadable.add(place, str(error))
 
 
-def read_glue(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable: Unreadable) -> TokenSet:
+def labelled_records(file: Path, task: GlueTask, unreadable: Unreadable) -> Iterator[tuple[str, list[str], float]]:
+    for place, record in progress(records(file, task.label, unreadable), file.name):
+        try:
+            if task.label not in record:
+                raise ValueError(f"has no '{task.label}'")
+            label = glue_label([str(record[task.label])], 0, task)
+            yield place, [text_of(record, key) for key in task.sentences], label
+        except ValueError as error:
+            unreadable.add(place, str(error))
+
+
+def task_of(arguments: argparse.Namespace) -> tuple[str, GlueTask]:
+    """GLUE's by its name, or that of the person's own table."""
+    if arguments.columns:
+        classes = None if arguments.classes == "numbers" else tuple(arguments.classes.split(","))
+        return "own", GlueTask(tuple(arguments.columns.split(",")), arguments.label, classes)
     names = {name.lower().replace("-", ""): name for name in GLUE_TASKS}
     name = names.get((arguments.task or "").lower().replace("-", ""))
     if name is None:
-        raise InputError(f"--format glue takes --task, one of {', '.join(GLUE_TASKS)}; given: {arguments.task}")
-    task = GLUE_TASKS[name]
+        raise InputError(f"--format glue takes --task, one of {', '.join(GLUE_TASKS)}, or --columns, --label and "
+                         f"--classes of a table of your own; given: {arguments.task}")
+    return name, GLUE_TASKS[name]
+
+
+def read_glue(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable: Unreadable) -> TokenSet:
+    name, task = task_of(arguments)
     result = TokenSet(labels=[], labels_are_numbers=task.classes is None, token_types=array("B"),
                       attributes={"task": name, "classes": len(task.classes or ())})
     if task.classes:
@@ -395,7 +419,9 @@ def read_glue(arguments: argparse.Namespace, checkpoint: Checkpoint, unreadable:
         checkpoint.tokenizer.enable_truncation(arguments.length, strategy="longest_first")
     cut = 0
     for file in arguments.input:
-        for _, sentences, label in labelled_rows(file, task, name, unreadable):
+        own_records = arguments.columns and file.suffix in (".json", ".jsonl")
+        rows = labelled_records(file, task, unreadable) if own_records else labelled_rows(file, task, name, unreadable)
+        for _, sentences, label in rows:
             encoding = checkpoint.tokenizer.encode(*sentences, add_special_tokens=True)
             cut += bool(encoding.overflowing)
             result.add(encoding.ids)
@@ -441,7 +467,8 @@ FORMATS: dict[str, Callable[[argparse.Namespace, Checkpoint, Unreadable], TokenS
 TEMPLATES = {"text": (), "instruction": ("alpaca", "plain"), "choices": ("plain", "question", *RECORD_TEMPLATES, "rte"),
              "glue": ()}
 # Options that one format reads alone: given to another they would be without effect.
-OPTIONS = {"task": "glue", "length": "glue", "raw": "instruction", "shots": "choices", "shots_from": "choices"}
+OPTIONS = dict.fromkeys(("task", "length", "columns", "label", "classes"), "glue") | {
+    "raw": "instruction", "shots": "choices", "shots_from": "choices"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -451,6 +478,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="F.h5")
     parser.add_argument("--task", metavar="NAME")
+    parser.add_argument("--columns", metavar="TEXT[,TEXT]")
+    parser.add_argument("--label", metavar="NAME")
+    parser.add_argument("--classes", metavar="A,B,...|numbers")
     parser.add_argument("--template", metavar="NAME")
     parser.add_argument("--raw", action="store_true")
     parser.add_argument("--field", metavar="NAME")
@@ -463,6 +493,13 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} is read by --format {owner}, not by {arguments.format}")
     if bool(arguments.shots) != bool(arguments.shots_from) or arguments.shots < 0:
         parser.error("--shots K (above 0) and --shots-from FILE go together")
+    own = [arguments.columns, arguments.label, arguments.classes]
+    if any(own) and (arguments.task or not all(own)):
+        parser.error("--columns, --label and --classes go together, and --task is GLUE's instead of them")
+    if arguments.columns and not 1 <= len(arguments.columns.split(",")) <= 2:
+        parser.error(f"--columns {arguments.columns}: one or two texts make a row")
+    if arguments.classes and arguments.classes != "numbers" and len(set(arguments.classes.split(","))) < 2:
+        parser.error(f"--classes {arguments.classes}: at least two different values, or numbers")
     if arguments.length is not None and arguments.length < 8:
         parser.error(f"--length {arguments.length}: at least 8 tokens a row")
     if arguments.raw and arguments.template not in (None, "plain"):

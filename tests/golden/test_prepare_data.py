@@ -309,6 +309,32 @@ def test_each_glue_task_has_its_columns_and_classes(checkpoint, judge, tmp_path,
         assert rows(values) == [begun(judge, "The pear grew."), begun(judge, "Grew pear the.")]
 
 
+OWN = [("mood", "a fine tree", "glad"), ("mood", "no pears", "sad"), ("mood", "hm", "neither"), ("mood", "bark", "odd")]
+
+
+@pytest.mark.parametrize("name,content", [
+    ("own.tsv", "mood\ttext\n" + "".join(f"{label}\t{text}\n" for _, text, label in OWN)),
+    ("own.jsonl", "".join(json.dumps({"text": text, key: label}) + "\n" for key, text, label in OWN)),
+    ("own.json", json.dumps([{"text": text, key: label} for key, text, label in OWN]))])
+def test_a_table_of_ones_own_has_the_columns_and_classes_that_are_named(checkpoint, judge, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    values, told = prepare(checkpoint, tmp_path / "g.h5", "--format", "glue", "--columns", "text", "--label", "mood",
+                           "--classes", "sad,neither,glad", "--input", tmp_path / name)
+    assert values["labels"].tolist() == [2, 0, 1] and values["classes"] == 3
+    assert values["label_names"] == b"sad\nneither\nglad"
+    assert rows(values) == [begun(judge, text) for _, text, _ in OWN[:3]]
+    assert told.count("not read") == 1 and "label 'odd' is none of sad, neither, glad" in told
+
+
+def test_numbers_of_ones_own_and_two_texts_make_a_regression(checkpoint, judge, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"a": "one", "b": "two", "score": 2.5}\n{"a": "one", "b": "two"}\n')
+    values, told = prepare(checkpoint, tmp_path / "g.h5", "--format", "glue", "--columns", "a,b", "--label", "score",
+                           "--classes", "numbers", "--input", tmp_path / "own.jsonl")
+    assert values["labels"].tolist() == [2.5] and values["classes"] == 0
+    assert rows(values) == [judge("one", "two")["input_ids"]]
+    assert "own.jsonl:2: has no 'score'" in told
+
+
 def test_all_3668_lines_of_mrpc_are_read_the_first_as_the_header(tmp_path):
     data = os.environ.get("ESPALIER_TEST_DATA") or SOURCE.parent / "shared/data"
     train = Path(data) / "glue/MRPC/train.tsv"
