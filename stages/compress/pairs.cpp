@@ -5,6 +5,10 @@
 #include <fmt/ranges.h>
 
 #include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
+#include "pipeline/io/json.h"
+#include "pipeline/model/heads.h"
 #include "stages/compress/spectrum.h"
 
 namespace espalier::compress {
@@ -50,9 +54,34 @@ bool changed(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
 constexpr int64_t kGlance = 64;
 constexpr int64_t kChanged = 1, kMaskPreserving = 2;
 
+/// Null: the model has all its heads.
+nlohmann::json heads_of(const io::Checkpoint& checkpoint) {
+  const auto file = heads_file(checkpoint);
+  return file ? io::parse_json(io::read_file(*file, io::kMaxConfigBytes), file->string()) : nullptr;
+}
+
+void require_same_heads(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  if (heads_of(base) == heads_of(fine_tuned)) return;
+  const bool of_tuned = heads_file(fine_tuned).has_value();
+  throw UserError(fmt::format(
+      "{}: lacks attention heads ({}) that {} has; a residual is of matrices of equal shapes: give "
+      "as compress.base a model with the same heads, such as the model/ of the prune stage that "
+      "removed them",
+      (of_tuned ? fine_tuned : base).directory().string(),
+      heads_file(of_tuned ? fine_tuned : base)->string(),
+      (of_tuned ? base : fine_tuned).directory().string()));
+}
+
 }  // namespace
 
+std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint) {
+  for (const std::filesystem::path& directory : checkpoint.chain())
+    if (exists(directory / model::kHeadsFile)) return directory / model::kHeadsFile;
+  return std::nullopt;
+}
+
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  require_same_heads(base, fine_tuned);
   for (const std::string& name : base.names()) {
     if (!fine_tuned.has(name))
       throw UserError(
