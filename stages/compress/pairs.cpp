@@ -60,16 +60,25 @@ nlohmann::json heads_of(const io::Checkpoint& checkpoint) {
   return file ? io::parse_json(io::read_file(*file, io::kMaxConfigBytes), file->string()) : nullptr;
 }
 
-void require_same_heads(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
-  if (heads_of(base) == heads_of(fine_tuned)) return;
-  const bool of_tuned = heads_file(fine_tuned).has_value();
-  throw UserError(fmt::format(
-      "{}: lacks attention heads ({}) that {} has; a residual is of matrices of equal shapes: give "
-      "as compress.base a model with the same heads, such as the model/ of the prune stage that "
-      "removed them",
-      (of_tuned ? fine_tuned : base).directory().string(),
-      heads_file(of_tuned ? fine_tuned : base)->string(),
-      (of_tuned ? base : fine_tuned).directory().string()));
+constexpr const char* kSuchABase =
+    "give as compress.base a model with the same heads, such as the model/ of the prune stage that "
+    "removed them";
+
+/// The shapes alone do not tell which heads are gone.
+void refuse_other_heads(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  const nlohmann::json ours = heads_of(base), theirs = heads_of(fine_tuned);
+  if (!ours.is_null() && !theirs.is_null() && ours != theirs)
+    throw UserError(fmt::format("{}: has lost other attention heads than the base ({}); {}",
+                                heads_file(fine_tuned)->string(), heads_file(base)->string(),
+                                kSuchABase));
+}
+
+/// Why two shapes differ, where heads that are gone may be it; else empty.
+std::string of_lost_heads(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  const auto ours = heads_file(base), theirs = heads_file(fine_tuned);
+  if (ours.has_value() == theirs.has_value()) return "";
+  return fmt::format("; attention heads of {} are gone ({}): {}", ours ? "the base" : "the model",
+                     (ours ? ours : theirs)->string(), kSuchABase);
 }
 
 }  // namespace
@@ -81,7 +90,7 @@ std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint
 }
 
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
-  require_same_heads(base, fine_tuned);
+  refuse_other_heads(base, fine_tuned);
   for (const std::string& name : base.names()) {
     if (!fine_tuned.has(name))
       throw UserError(
@@ -91,12 +100,12 @@ void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_t
                       fine_tuned.directory().string(), name, base.directory().string()));
     const auto &ours = base.info(name).shape, &theirs = fine_tuned.info(name).shape;
     if (ours != theirs && !only_more_rows(ours, theirs))
-      throw UserError(
-          fmt::format("{}: {} is [{}], but [{}] in the base {}; a residual needs equal shapes, or "
-                      "rows added behind the base's: give the base that this model was made from "
-                      "(compress.base)",
-                      fine_tuned.directory().string(), name, fmt::join(theirs, ", "),
-                      fmt::join(ours, ", "), base.directory().string()));
+      throw UserError(fmt::format(
+          "{}: {} is [{}], but [{}] in the base {}; a residual needs equal shapes, or "
+          "rows added behind the base's: give the base that this model was made from "
+          "(compress.base){}",
+          fine_tuned.directory().string(), name, fmt::join(theirs, ", "), fmt::join(ours, ", "),
+          base.directory().string(), of_lost_heads(base, fine_tuned)));
   }
 }
 

@@ -32,7 +32,7 @@ struct MatrixPair {
 /// Throws UserError naming the tensor and both shapes when a name stands for two shapes (but for
 /// rows added to a matrix or a vector), or when the fine-tuned model lacks a tensor of the base
 /// (nothing could take it away again).
-/// Also when one of them has lost other attention heads (pipeline/model/heads.h) than the other.
+/// Also when both have lost attention heads (pipeline/model/heads.h), and not the same ones.
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned);
 
 /// heads.json of the nearest directory of the model's chain that has one: its heads that are gone.

@@ -300,11 +300,11 @@ def test_the_plan_counts_what_the_run_prunes_and_names_a_pooler_that_is_skipped(
     said = plan("prune.overrides=[{match: pooler.dense, skip: true}]")
     assert f"{6 * BLOCKS} matrices of {blocks} weights" in said and "1 skipped" in said
     assert [line for line in said.splitlines() if "pooler.dense" in line and "skipped" in line]
-    assert "pooling layer keeps" in plan("prune.refit=true", f"data.calibration={labelled.train}")
+    assert "pooling layer keeps" in plan("prune.refit=true", "prune.sequence_length=32", f"data.calibration={labelled.train}")
 
 
 def test_a_refit_changes_what_stays_in_the_blocks_and_neither_masks_nor_the_pooler(labelled, tmp_path):
-    words = ["pipeline=[discover,retrain,prune]", *MASKED, f"data.calibration={labelled.train}", "prune.samples=8",
+    words = ["pipeline=[discover,retrain,prune,retrain_again]", *MASKED, f"data.calibration={labelled.train}", "prune.samples=8",
              "prune.sequence_length=32"]
     said = {}
     for refit in ("false", "true"):
