@@ -131,12 +131,31 @@ Places open_named(const fs::path& directory, std::string& stem) {
   return {};
 }
 
+/// All weights of a directory, whatever they are called (diffusers' variants, adapters); `stem`:
+/// the library's own name where theirs begin with it, as they are written without a variant.
+Places open_any_name(const fs::path& directory, std::string& stem) {
+  Places places;
+  for (const std::string& name : safetensors_files(directory)) {
+    if (places.empty()) {
+      stem = name.substr(0, name.rfind(".safetensors"));
+      for (const char* known : kStems)
+        if (name.starts_with(std::string(known) + ".") ||
+            name.starts_with(std::string(known) + "-"))
+          stem = known;
+    }
+    add_file(places, SafetensorsFile(directory / name));
+  }
+  return places;
+}
+
 /// The parts of a model that is a directory of models, "unet/NAME".
 Places open_parts(const fs::path& directory, Parts& parts) {
   Places places;
   for (const std::string& part : subdirectories(directory)) {
     std::string stem;
-    for (auto& [name, place] : open_named(directory / part, stem)) {
+    Places of_part = open_named(directory / part, stem);
+    if (of_part.empty()) of_part = open_any_name(directory / part, stem);
+    for (auto& [name, place] : of_part) {
       parts[part] = stem;
       places.emplace(part + "/" + name, std::move(place));
     }
@@ -154,9 +173,7 @@ Places open_plain(const fs::path& path, Parts& parts) {
   std::string stem;
   places = open_named(path, stem);
   if (!places.empty()) return places;
-  if (!fs::exists(path / "model_index.json"))
-    for (const std::string& name : safetensors_files(path))
-      add_file(places, SafetensorsFile(path / name));
+  if (!fs::exists(path / "model_index.json")) places = open_any_name(path, stem);
   if (places.empty()) places = open_parts(path, parts);
   if (places.empty()) refuse_directory(path);
   return places;

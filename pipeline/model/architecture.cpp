@@ -147,6 +147,10 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   // A decoder with a classification head in the place of its output embedding (sequence_head.h).
   if (!checkpoint.has(architecture.head) && checkpoint.has("score.weight"))
     architecture.head = architecture.head_bias = "";
+  // Rows that a stage added behind the root's embedding: the root's config.json does not know them.
+  if (checkpoint.chain().size() > 1 && checkpoint.has(architecture.token_embedding) &&
+      !checkpoint.info(architecture.token_embedding).shape.empty())
+    architecture.vocabulary = checkpoint.info(architecture.token_embedding).shape[0];
   if (architecture.embedding_size == 0) architecture.embedding_size = architecture.hidden;
   architecture.kept_heads = read_kept_heads(checkpoint, architecture.blocks, architecture.heads);
   require_tensors(architecture, checkpoint);

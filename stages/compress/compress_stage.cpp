@@ -26,6 +26,7 @@ struct Options {
   Summands summands;                ///< of method sum
   std::optional<std::string> base;  ///< PATH, start, ENTRY; none: what the last retrain stage took
   std::string fine_tuned = "previous";
+  bool from_start = false;  ///< "previous" is the model that the run starts from
 
   bool sums() const { return settings.method == kSum; }
 };
@@ -64,7 +65,8 @@ Options read_options(const Section& section) {
         section.choice("vectors", {"float16", "float32"}) == "float32")
       settings.vectors = at::kFloat;
   }
-  section.allow({"stage", "from", "method", "vectors"});
+  options.from_start = section.text_or("from", "") == "start";
+  section.allow({"stage", "method", "vectors"});
   section.finish();
   return options;
 }
@@ -104,12 +106,18 @@ class CompressStage : public driver::Stage {
     for (const fs::path& file : options_.summands.files)
       if (!fs::is_regular_file(file))
         throw UserError(fmt::format("compress.residuals: {} is no file", file.string()));
-    const bool base_given = options_.base && is_checkpoint(*options_.base);
-    const bool fine_tuned_given = options_.fine_tuned != "previous";
-    if (options_.sums() || (!base_given && !fine_tuned_given)) return;
-    const auto start = io::Checkpoint::open(start_model);
-    const auto base = base_given ? io::Checkpoint::open(*options_.base) : start;
-    require_comparable(base, fine_tuned_given ? io::Checkpoint::open(options_.fine_tuned) : start);
+    if (options_.sums()) return;
+    // Only these are known before the stages in between have run.
+    const auto known = [&](const std::string& name) -> std::optional<fs::path> {
+      if (name == "start") return start_model;
+      return is_checkpoint(name) ? std::optional<fs::path>(name) : std::nullopt;
+    };
+    const auto base = known(options_.base.value_or(""));
+    const auto fine_tuned = known(options_.fine_tuned != "previous" ? options_.fine_tuned
+                                  : options_.from_start             ? "start"
+                                                                    : "");
+    if (base && fine_tuned)
+      require_comparable(io::Checkpoint::open(*base), io::Checkpoint::open(*fine_tuned));
   }
 
   std::string checksum_of_inputs() const override {

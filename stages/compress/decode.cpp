@@ -8,7 +8,9 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/model/config_keys.h"
 #include "pipeline/model/heads.h"
+#include "stages/compress/pairs.h"
 #include "stages/compress/sum.h"
 
 namespace espalier::compress {
@@ -37,6 +39,16 @@ class Scratch {
   }
   fs::path directory_;
 };
+
+/// What the decoded tensors ask of config.json. A model that espalier cannot run decodes all the
+/// same, and its config.json stays as it is.
+nlohmann::json config_keys_of(const io::Checkpoint& decoded) {
+  try {
+    return model::config_of_tensors(decoded);
+  } catch (const UserError&) {
+    return nlohmann::json::object();
+  }
+}
 
 }  // namespace
 
@@ -129,14 +141,13 @@ void decode_residuals(const fs::path& base_directory, const std::vector<fs::path
   const io::Checkpoint base = io::Checkpoint::open(base_directory);
   const Scratch scratch(out_directory / ".decoding");
   const at::ScalarType dtype = write_sum(base, {residual_files, {}}, scratch.directory());
-  io::write_dense(io::Checkpoint::open(scratch.directory()), out_directory, dtype);
+  const io::Checkpoint decoded = io::Checkpoint::open(scratch.directory());
+  io::write_dense(decoded, out_directory, dtype);
+  model::set_config_keys(out_directory, config_keys_of(decoded));
   // Heads that are gone stay gone; the directory is then one for espalier, whose export makes it
   // one for other programs.
-  for (const fs::path& directory : base.chain()) {
-    if (!fs::exists(directory / model::kHeadsFile)) continue;
-    io::write_file(out_directory / model::kHeadsFile, io::read_file(directory / model::kHeadsFile));
-    break;  // the nearest counts
-  }
+  if (const auto heads = heads_file(base))
+    io::write_file(out_directory / model::kHeadsFile, io::read_file(*heads));
 }
 
 }  // namespace espalier::compress

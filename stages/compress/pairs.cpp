@@ -5,6 +5,10 @@
 #include <fmt/ranges.h>
 
 #include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
+#include "pipeline/io/json.h"
+#include "pipeline/model/heads.h"
 #include "stages/compress/spectrum.h"
 
 namespace espalier::compress {
@@ -50,9 +54,43 @@ bool changed(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
 constexpr int64_t kGlance = 64;
 constexpr int64_t kChanged = 1, kMaskPreserving = 2;
 
+/// Null: the model has all its heads.
+nlohmann::json heads_of(const io::Checkpoint& checkpoint) {
+  const auto file = heads_file(checkpoint);
+  return file ? io::parse_json(io::read_file(*file, io::kMaxConfigBytes), file->string()) : nullptr;
+}
+
+constexpr const char* kSuchABase =
+    "give as compress.base a model with the same heads, such as the model/ of the prune stage that "
+    "removed them";
+
+/// The shapes alone do not tell which heads are gone.
+void refuse_other_heads(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  const nlohmann::json ours = heads_of(base), theirs = heads_of(fine_tuned);
+  if (!ours.is_null() && !theirs.is_null() && ours != theirs)
+    throw UserError(fmt::format("{}: has lost other attention heads than the base ({}); {}",
+                                heads_file(fine_tuned)->string(), heads_file(base)->string(),
+                                kSuchABase));
+}
+
+/// Why two shapes differ, where heads that are gone may be it; else empty.
+std::string of_lost_heads(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  const auto ours = heads_file(base), theirs = heads_file(fine_tuned);
+  if (ours.has_value() == theirs.has_value()) return "";
+  return fmt::format("; attention heads of {} are gone ({}): {}", ours ? "the base" : "the model",
+                     (ours ? ours : theirs)->string(), kSuchABase);
+}
+
 }  // namespace
 
+std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint) {
+  for (const std::filesystem::path& directory : checkpoint.chain())
+    if (exists(directory / model::kHeadsFile)) return directory / model::kHeadsFile;
+  return std::nullopt;
+}
+
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
+  refuse_other_heads(base, fine_tuned);
   for (const std::string& name : base.names()) {
     if (!fine_tuned.has(name))
       throw UserError(
@@ -62,12 +100,12 @@ void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_t
                       fine_tuned.directory().string(), name, base.directory().string()));
     const auto &ours = base.info(name).shape, &theirs = fine_tuned.info(name).shape;
     if (ours != theirs && !only_more_rows(ours, theirs))
-      throw UserError(
-          fmt::format("{}: {} is [{}], but [{}] in the base {}; a residual needs equal shapes, or "
-                      "rows added behind the base's: give the base that this model was made from "
-                      "(compress.base)",
-                      fine_tuned.directory().string(), name, fmt::join(theirs, ", "),
-                      fmt::join(ours, ", "), base.directory().string()));
+      throw UserError(fmt::format(
+          "{}: {} is [{}], but [{}] in the base {}; a residual needs equal shapes, or "
+          "rows added behind the base's: give the base that this model was made from "
+          "(compress.base){}",
+          fine_tuned.directory().string(), name, fmt::join(theirs, ", "), fmt::join(ours, ", "),
+          base.directory().string(), of_lost_heads(base, fine_tuned)));
   }
 }
 

@@ -3,6 +3,8 @@
 /// which cost nothing.
 
 #include <algorithm>
+#include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,7 +32,11 @@ struct MatrixPair {
 /// Throws UserError naming the tensor and both shapes when a name stands for two shapes (but for
 /// rows added to a matrix or a vector), or when the fine-tuned model lacks a tensor of the base
 /// (nothing could take it away again).
+/// Also when both have lost attention heads (pipeline/model/heads.h), and not the same ones.
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned);
+
+/// heads.json of the nearest directory of the model's chain that has one: its heads that are gone.
+std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint);
 
 /// The first rows of a fine-tuned tensor that has more of them than the base's shape says.
 at::Tensor common_rows(const at::Tensor& fine_tuned, const std::vector<int64_t>& base_shape);

@@ -14,7 +14,7 @@ struct Settings {
   std::optional<int64_t> rank;   ///< the mean truncation rank: Σ r (m + n) <= rank Σ (m + n)
   std::optional<double> budget;  ///< share of the fine-tuned tensors' bytes; one of the two
   int64_t bits = 4;              ///< of a stored entry: 1 to 8, or kHalfBits (float16)
-  std::string allocation = "greedy";
+  std::string allocation = "paper";
   double prior = 0.5;
   bool polar = true;
   at::ScalarType vectors = at::kHalf;    ///< float16 or float32

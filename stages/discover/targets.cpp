@@ -2,26 +2,14 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <fnmatch.h>
 
 #include <algorithm>
 
 #include "pipeline/errors.h"
 #include "pipeline/model/architecture.h"
+#include "pipeline/model/layer_glob.h"
 
 namespace espalier::discover {
-namespace {
-
-bool matches(const std::string& glob, const model::Architecture& architecture, int64_t block,
-             const model::Linear& layer) {
-  const std::string last = layer.name.substr(layer.name.rfind('.') + 1);
-  for (const std::string& name : {last, layer.name, architecture.tensor_name(block, layer.name)})
-    if (fnmatch(glob.c_str(), name.c_str(), 0) == 0) return true;
-  return false;
-}
-
-}  // namespace
-
 std::vector<TargetMatrix> target_matrices(const model::Architecture& architecture,
                                           const std::vector<std::string>& globs) {
   std::vector<TargetMatrix> targets;
@@ -30,7 +18,7 @@ std::vector<TargetMatrix> target_matrices(const model::Architecture& architectur
     for (const model::Linear& layer : architecture.linears) {
       bool wanted = false;
       for (size_t i = 0; i < globs.size(); ++i) {
-        if (!matches(globs[i], architecture, block, layer)) continue;
+        if (!model::glob_matches(globs[i], architecture, block, layer)) continue;
         wanted = used[i] = true;
       }
       if (!wanted) continue;

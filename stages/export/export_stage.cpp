@@ -5,11 +5,10 @@
 #include "pipeline/driver/spread.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
-#include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint.h"
-#include "pipeline/io/json.h"
 #include "pipeline/model/added_terms.h"
-#include "pipeline/model/sequence_head.h"
+#include "pipeline/model/config_keys.h"
+#include "pipeline/model/heads.h"
 #include "stages/export/heads.h"
 #include "stages/export/terms.h"
 
@@ -17,21 +16,6 @@ namespace espalier::exporting {
 namespace {
 
 namespace fs = std::filesystem;
-
-/// A classification head that a stage gave to the model stands in config.json too, so that
-/// `transformers` loads the class that has it; and `more`.
-void write_config_keys(const io::Checkpoint& checkpoint, const fs::path& directory,
-                       const nlohmann::json& more) {
-  if (!model::knows_architecture(checkpoint)) return;
-  nlohmann::json keys = more;
-  if (const auto of_head = model::config_of_head(checkpoint, model::read_architecture(checkpoint)))
-    keys.update(*of_head);
-  if (keys.empty()) return;
-  const fs::path file = directory / "config.json";
-  nlohmann::json config = io::parse_json(io::read_file(file), file.string());
-  config.update(keys);
-  io::write_file(file, config.dump(2) + "\n");
-}
 
 class ExportStage : public driver::Stage {
  public:
@@ -90,7 +74,9 @@ class ExportStage : public driver::Stage {
     if (directory_) result.files_elsewhere = files;
     if (group.is_root()) {
       fs::remove(target / model::kHeadsFile);  // an earlier decoding's
-      write_config_keys(checkpoint, target, heads.config_keys);
+      nlohmann::json keys = model::config_of_tensors(checkpoint);
+      keys.update(heads.config_keys);
+      model::set_config_keys(target, keys);
       int64_t bytes = 0;
       for (const auto& name : files) bytes += static_cast<int64_t>(fs::file_size(target / name));
       result.metrics = {{"directory", target.string()}, {"bytes", bytes}, {"files", files.size()}};

@@ -14,6 +14,7 @@
 #include "stages/prune/projection.h"
 #include "stages/prune/solver_kernels.h"
 #include "stages/prune/tile_access.h"
+#include "stages/prune/zeros.h"
 
 namespace espalier::prune {
 namespace {
@@ -215,9 +216,7 @@ void Solver::project(bool all) {
   for (size_t t = 0; t < tasks_.size(); ++t)
     if (all || schedules_[t].active) count[t] = tasks_[t].weight.numel() - schedules_[t].keep;
   for_each_tile(tasks_, tiles, workers_, [&](const TileView& view, const Tile&, int64_t i, int) {
-    if (!states_[of[i]].has_zeros) return;
-    for (int64_t j = 0; j < view.size; ++j)
-      if (view.weights[j] == 0) score[i][j] = 0;
+    if (states_[of[i]].has_zeros) put_zeros_first(view, score[i].data());
   });
   mark_smallest_of_matrices(tasks_, tiles, score, count, workers_, group_);
   for (size_t i = 0; i < tiles.size(); ++i) {

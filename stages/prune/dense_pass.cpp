@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -98,6 +99,17 @@ std::vector<BlockAllocation> allocate_by_owl(driver::StageContext& context, cons
       parameters[index] += layer.linear.out * layer.linear.in;
   const std::vector<double> sparsities =
       owl_sparsities(ratios, parameters, options.layers.pattern.sparsity, options.allocation.span);
+  double mean = 0, total = 0;
+  for (size_t b = 0; b < ratios.size(); ++b) {
+    mean += sparsities[b] * static_cast<double>(parameters[b]);
+    total += static_cast<double>(parameters[b]);
+  }
+  mean = total > 0 ? mean / total : options.layers.pattern.sparsity;
+  if (std::abs(mean - options.layers.pattern.sparsity) > 1e-6)
+    context.progress.say(fmt::format(
+        "owl: no block can lose more than all of it: the mean sparsity is {:.4f} where {} is "
+        "asked; a lower prune.owl.span comes closer",
+        mean, options.layers.pattern.sparsity));
   std::vector<BlockAllocation> blocks;
   for (size_t b = 0; b < ratios.size(); ++b) blocks.push_back({ratios[b], sparsities[b]});
   return blocks;

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <numeric>
 #include <utility>
 
@@ -11,6 +10,7 @@
 #include "stages/prune/kernels.h"
 #include "stages/prune/projection.h"
 #include "stages/prune/tile_access.h"
+#include "stages/prune/zeros.h"
 
 namespace espalier::prune {
 namespace {
@@ -24,10 +24,7 @@ std::vector<float> scores_of(const MatrixTask& task, const Terms& terms, const T
                                   .contiguous();
   const float* values = quantity.const_data_ptr<float>();
   std::vector<float> score(values, values + view.size);
-  if (!rule.keep_zeros) return score;
-  // Where dW is 0 too, a weight that is there must not go before one that is not.
-  for (int64_t i = 0; i < view.size; ++i)
-    score[i] = view.weights[i] == 0 ? 0 : std::max(score[i], FLT_MIN);
+  if (rule.keep_zeros) put_zeros_first(view, score.data());
   return score;
 }
 

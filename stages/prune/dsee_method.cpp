@@ -67,6 +67,12 @@ class Dsee : public PruningMethod {
                                            pattern.name()));
   }
   bool prunes_pooler() const override { return true; }
+  std::optional<int64_t> zeros(const Pattern&, int64_t, int64_t) const override {
+    return std::nullopt;
+  }
+  std::optional<int64_t> zeros_of_all(const Pattern& pattern, int64_t weights) const override {
+    return pattern.removed_of(weights);
+  }
   void prepare(const ModelWork& work) override;
   void prune(BlockWork& work) override {
     prune_dsee(work.tasks, terms_of(work.tasks), losses_.count.at(work.block), rule_,
@@ -123,13 +129,13 @@ void Dsee::prepare(const ModelWork& work) {
   rule_.sparsity = work.pattern.sparsity;
   rule_.seed = work.context.run.seed;
   rule_.keep_zeros = work.keep_zeros;
-  const bool of_change =
-      rule_.criterion == Criterion::delta || rule_.criterion == Criterion::merged;
-  if (of_change && model::matrices_with_terms(work.checkpoint).empty())
+  // All other matrices go by |W|: of a model without terms that is every matrix.
+  if (rule_.criterion != Criterion::magnitude &&
+      model::matrices_with_terms(work.checkpoint).empty())
     throw UserError(fmt::format(
-        "prune.criterion: {} judges matrices by what stands beside them, and nothing stands beside "
-        "those of {}: put a retrain stage with merge: beside before this one (retrain=dsee), or "
-        "take magnitude or random",
+        "prune.criterion: {} judges the matrices that have an adapter beside them, and nothing "
+        "stands beside those of {}: put a retrain stage with merge: beside before this one "
+        "(retrain=dsee), or take magnitude, which judges every matrix by |W|",
         name_, work.checkpoint.directory().string()));
   const std::string kept = group.broadcast(
       group.is_root() && exists(work.journal) ? io::read_file(work.journal) : std::string());
@@ -138,6 +144,10 @@ void Dsee::prepare(const ModelWork& work) {
     return;
   }
   losses_ = walk(work);
+  work.context.progress.say(fmt::format(
+      "dsee: {} matrices with an adapter lose {} of {} weights, {} others {} of {}",
+      losses_.with_terms.matrices, losses_.with_terms.lost, losses_.with_terms.weights,
+      losses_.without_terms.matrices, losses_.without_terms.lost, losses_.without_terms.weights));
   const json content = {{"count", losses_.count},
                         {"with_terms", group_json(losses_.with_terms)},
                         {"without_terms", group_json(losses_.without_terms)}};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -203,7 +204,7 @@ void ApplyMask(float* weights, const uint8_t* pruned, int64_t count) {
 }
 
 float SparsegptScore(float weight, float diagonal) {
-  return (weight * weight) / (diagonal * diagonal);
+  return std::max((weight * weight) / (diagonal * diagonal), FLT_MIN);
 }
 
 void SparsegptScores(const float* weights, int64_t rows, int64_t columns, const float* diagonal,
@@ -221,7 +222,8 @@ void SparsegptScores(const float* weights, int64_t rows, int64_t columns, const 
       const auto value = hn::LoadU(d, w + j), r = hn::LoadU(d, diagonal + j);
       const auto goes = hn::PromoteTo(di, hn::LoadU(bytes, gone + j));
       const auto stays = hn::BitCast(d, hn::VecFromMask(di, hn::Eq(goes, hn::Zero(di))));
-      hn::StoreU(hn::And(stays, hn::Div(hn::Mul(value, value), hn::Mul(r, r))), d, out + j);
+      const auto lost = hn::Div(hn::Mul(value, value), hn::Mul(r, r));
+      hn::StoreU(hn::And(stays, hn::Max(lost, hn::Set(d, FLT_MIN))), d, out + j);
     }
     for (; j < width; ++j) out[j] = gone[j] ? 0 : SparsegptScore(w[j], diagonal[j]);
   }

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "pipeline/errors.h"
+#include "pipeline/model/layer_glob.h"
 
 namespace espalier::prune {
 namespace {
@@ -64,14 +65,7 @@ Override read_override(const config::Section& section) {
   return result;
 }
 
-bool glob_matches(const std::string& glob, const model::Architecture& architecture, int64_t block,
-                  const model::Linear& layer) {
-  const std::string last = layer.name.substr(layer.name.rfind('.') + 1);
-  for (const std::string& name : {architecture.tensor_name(block, layer.name), layer.name, last})
-    if (fnmatch(glob.c_str(), name.c_str(), 0) == 0) return true;
-  return false;
-}
-
+/// A layer outside of the blocks, by its whole name or the last two parts.
 bool glob_matches(const std::string& glob, const std::string& weight) {
   const std::string layer = weight.substr(0, weight.rfind(".weight"));
   const size_t dot = layer.rfind('.'), before = dot == 0 ? dot : layer.rfind('.', dot - 1);
@@ -86,7 +80,7 @@ void require_match(const std::string& glob, const std::string& key,
   if (outside && glob_matches(glob, *outside)) return;
   for (int64_t block = 0; block < architecture.blocks; ++block)
     for (const auto& layer : architecture.linears)
-      if (glob_matches(glob, architecture, block, layer)) return;
+      if (model::glob_matches(glob, architecture, block, layer)) return;
   std::vector<std::string> names;
   for (const auto& layer : architecture.linears) names.push_back(layer.name);
   throw UserError(fmt::format("prune.{}: \"{}\" matches no linear layer; a block has {}", key, glob,
@@ -111,7 +105,7 @@ std::vector<PlannedLayer> planned_layers(const LayerChoice& choice,
   std::vector<PlannedLayer> layers;
   for (const auto& layer : architecture.linears) {
     const auto matches = [&](const std::string& glob) {
-      return glob_matches(glob, architecture, block, layer);
+      return model::glob_matches(glob, architecture, block, layer);
     };
     const auto any = [&](const std::vector<std::string>& globs) {
       return std::any_of(globs.begin(), globs.end(), matches);

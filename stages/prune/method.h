@@ -82,6 +82,11 @@ class PruningMethod {
   /// How many weights of a [rows, columns] matrix without zeros `pattern` removes; nothing where
   /// the data decides.
   virtual std::optional<int64_t> zeros(const Pattern& pattern, int64_t rows, int64_t columns) const;
+  /// How many of `weights` go in all matrices together, at most one more than are lost, where
+  /// thresholds of several matrices decide how many go in each; else nothing.
+  virtual std::optional<int64_t> zeros_of_all(const Pattern&, int64_t /*weights*/) const {
+    return std::nullopt;
+  }
   /// Masks and prunes this rank's tiles of every task (see matrix_pruning.h). Collective.
   virtual void prune(BlockWork& work) = 0;
   /// pattern heads: of every query head that the block has; the lowest go. One unit, on one worker.

@@ -34,6 +34,34 @@ std::vector<std::string> cells_of(const PlannedLayer& layer, const PruningMethod
           sparsity_text(layer, options), zeros < 0 ? "-" : fmt::format("{}", zeros)};
 }
 
+/// The pooler's row, by its name without ".weight".
+std::vector<std::string> pooler_row(const std::string& weight, const PruningMethod& method,
+                                    const Options& options, int64_t hidden, Totals& totals) {
+  PlannedLayer layer{{}, options.layers.pattern, false};
+  layer.linear.out = layer.linear.in = hidden;
+  std::vector<std::string> row = {weight.substr(0, weight.rfind('.'))};
+  if (chooses(options.layers, weight)) {
+    const auto cells = cells_of(layer, method, options, totals);
+    row.insert(row.end(), cells.begin(), cells.end());
+  } else {
+    row.insert(row.end(), {fmt::format("{0} x {0}", hidden), "skipped", "", ""});
+    ++totals.skipped;
+  }
+  return row;
+}
+
+std::string zeros_text(const PruningMethod& method, const Pattern& pattern, const Totals& totals) {
+  const auto together = method.zeros_of_all(pattern, totals.weights);
+  if (!totals.known && !together) return "zeros as the data decides";
+  const int64_t zeros = totals.known ? totals.zeros : *together;
+  const double share = totals.weights == 0
+                           ? 0.0
+                           : 100 * static_cast<double>(zeros) / static_cast<double>(totals.weights);
+  if (totals.known) return fmt::format("{} zeros ({:.2f} %)", zeros, share);
+  return fmt::format("{} zeros or one fewer ({:.2f} %), in each matrix as the data decides", zeros,
+                     share);
+}
+
 std::string describe(const std::string& method_name, const Options& options) {
   std::string text = method_name;
   if (options.allocation.owl) text += ", allocation owl";
@@ -45,7 +73,8 @@ std::string describe(const std::string& method_name, const Options& options) {
 }  // namespace
 
 driver::StagePlan plan_of(const std::string& method_name, const PruningMethod& method,
-                          const Options& options, const model::Architecture& architecture) {
+                          const Options& options, const model::Architecture& architecture,
+                          const std::optional<std::string>& pooler) {
   if (const int64_t heads = options.layers.pattern.heads; heads > 0)
     return {{fmt::format("{}: {} of {} heads of each of {} blocks go", method_name, heads,
                          architecture.heads, architecture.blocks)},
@@ -70,14 +99,13 @@ driver::StagePlan plan_of(const std::string& method_name, const PruningMethod& m
   driver::StagePlan plan{{describe(method_name, options)}, driver::folded_rows(rows)};
   plan.table.insert(plan.table.begin(),
                     {"matrix", "shape", "pattern", "sparsity", "zeros of each"});
-  const std::string zeros =
-      totals.known ? fmt::format("{} zeros ({:.2f} %)", totals.zeros,
-                                 totals.weights == 0 ? 0.0
-                                                     : 100 * static_cast<double>(totals.zeros) /
-                                                           static_cast<double>(totals.weights))
-                   : "zeros as the data decides";
-  plan.lines.push_back(fmt::format("{} matrices of {} weights, {}; {} skipped", totals.matrices,
-                                   totals.weights, zeros, totals.skipped));
+  if (pooler)
+    plan.table.push_back(pooler_row(*pooler, method, options, architecture.hidden, totals));
+  plan.lines.push_back(
+      fmt::format("{} matrices of {} weights, {}; {} skipped", totals.matrices, totals.weights,
+                  zeros_text(method, options.layers.pattern, totals), totals.skipped));
+  if (pooler && chooses(options.layers, *pooler) && (options.refine.dsnot || options.refit))
+    plan.lines.push_back(kPoolerStays);
   return plan;
 }
 

@@ -41,8 +41,10 @@ class PruneStage : public driver::Stage {
   driver::StageResult carry_out(driver::StageContext& context) const override;
   driver::StagePlan plan(const driver::RunContext& run,
                          const std::filesystem::path& start_model) const override {
-    driver::StagePlan plan = plan_of(method_name_, *method_, options_,
-                                     model::read_architecture(io::Checkpoint::open(start_model)));
+    const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
+    const model::Architecture architecture = model::read_architecture(checkpoint);
+    driver::StagePlan plan = plan_of(method_name_, *method_, options_, architecture,
+                                     pooler_in(checkpoint, architecture));
     if (needs_calibration())
       plan.lines.push_back(fmt::format("calibration: {} sequences of {} tokens of {}",
                                        options_.samples, options_.sequence_length,
@@ -77,8 +79,8 @@ class PruneStage : public driver::Stage {
   void prune_pooler(driver::StageContext& context, const io::Checkpoint& checkpoint,
                     const model::Architecture& architecture, const std::string& weight,
                     const BlockFiles& files) const;
-  /// The weight of the pooling layer, where the method prunes it and the configuration lets it.
-  std::optional<std::string> pooler_of(const io::Checkpoint& checkpoint,
+  /// The weight of the pooling layer, where the method prunes it; whether or not `layers` does.
+  std::optional<std::string> pooler_in(const io::Checkpoint& checkpoint,
                                        const model::Architecture& architecture) const;
   driver::StageResult without_heads(driver::StageContext& context, const io::Checkpoint& checkpoint,
                                     const model::Architecture& architecture) const;
@@ -92,9 +94,7 @@ class PruneStage : public driver::Stage {
 void PruneStage::check(const driver::RunContext& run, const std::filesystem::path& start) const {
   const io::Checkpoint checkpoint = io::Checkpoint::open(start);
   const model::Architecture architecture = model::read_architecture(checkpoint);
-  require_layers(
-      options_.layers, architecture,
-      method_->prunes_pooler() ? model::pooler_weight(checkpoint, architecture) : std::nullopt);
+  require_layers(options_.layers, architecture, pooler_in(checkpoint, architecture));
   if (const int64_t heads = options_.layers.pattern.heads; heads > 0)
     require_heads(architecture, heads);
   int64_t weights = 0;
@@ -177,11 +177,10 @@ MatrixTask pooler_task(const io::Checkpoint& checkpoint, const std::string& name
   return {name, weight, 0, at::zeros(weight.sizes(), at::kByte), pattern};
 }
 
-std::optional<std::string> PruneStage::pooler_of(const io::Checkpoint& checkpoint,
+std::optional<std::string> PruneStage::pooler_in(const io::Checkpoint& checkpoint,
                                                  const model::Architecture& architecture) const {
   if (!method_->prunes_pooler()) return std::nullopt;
-  const auto weight = model::pooler_weight(checkpoint, architecture);
-  return weight && chooses(options_.layers, *weight) ? weight : std::nullopt;
+  return model::pooler_weight(checkpoint, architecture);
 }
 
 ModelWork PruneStage::model_work(driver::StageContext& context, const io::Checkpoint& checkpoint,
@@ -265,7 +264,9 @@ driver::StageResult PruneStage::carry_out(driver::StageContext& context) const {
   const model::Architecture architecture = model::read_architecture(checkpoint);
   if (options_.layers.pattern.heads > 0) return without_heads(context, checkpoint, architecture);
   const BlockFiles files(context, architecture, checkpoint);
-  const std::optional<std::string> pooler = pooler_of(checkpoint, architecture);
+  std::optional<std::string> pooler = pooler_in(checkpoint, architecture);
+  if (pooler && !chooses(options_.layers, *pooler)) pooler.reset();
+  if (pooler && keeps_dense()) context.progress.say(kPoolerStays);
   const int64_t units = architecture.blocks + (pooler ? 1 : 0);
   const int64_t done = files.finished_blocks(run.group, units);
   method_->prepare(model_work(context, checkpoint, architecture, pooler, files));
@@ -317,16 +318,28 @@ driver::StageResult PruneStage::without_heads(driver::StageContext& context,
   return result;
 }
 
+/// Share of zeros over all pruned matrices.
+double sparsity_of(const nlohmann::json& matrices) {
+  int64_t zeros = 0, weights = 0;
+  for (const nlohmann::json& matrix : matrices) {
+    zeros += matrix["zeros"].get<int64_t>();
+    weights += matrix["rows"].get<int64_t>() * matrix["columns"].get<int64_t>();
+  }
+  return weights == 0 ? 0 : static_cast<double>(zeros) / static_cast<double>(weights);
+}
+
 nlohmann::json PruneStage::metrics(const BlockFiles& files, int64_t units) const {
+  const nlohmann::json matrices = files.assemble_masks(units);
   nlohmann::json metrics = {{"method", method_name_},
                             {"pattern", options_.layers.pattern.name()},
-                            {"sparsity", options_.layers.pattern.sparsity},
+                            {"sparsity", sparsity_of(matrices)},
+                            {"sparsity_asked", options_.layers.pattern.sparsity},
                             {"allocation", options_.allocation.owl ? "owl" : "uniform"},
                             {"refine", options_.refine.dsnot ? "dsnot" : "none"},
                             {"refit", options_.refit},
-                            {"samples", options_.samples},
-                            {"sequence_length", options_.sequence_length},
-                            {"matrices", files.assemble_masks(units)}};
+                            {"matrices", matrices}};
+  if (needs_calibration())
+    metrics.update({{"samples", options_.samples}, {"sequence_length", options_.sequence_length}});
   metrics.update(method_->facts());
   const std::vector<nlohmann::json> reports = files.reports(units);
   double damping = 0;

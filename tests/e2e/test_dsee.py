@@ -264,6 +264,63 @@ def test_heads_are_removed_again_from_what_is_left(labelled, tmp_path):
     assert np.abs(theirs - answers_of(tmp_path / "run", 0)).max() < 1e-4 * np.abs(theirs).max()
 
 
+def test_a_model_that_lost_heads_is_pruned_by_weights_and_then_by_heads_again(files, tmp_path):
+    """The masks have the smaller matrices' shapes; heads that go afterwards take their zeros along."""
+    run_well(*settings(files, tmp_path / "run", pipeline="[prune,weights,again,evaluate,export]", prune="dsee",
+                       prune__pattern="heads", prune__criterion="magnitude", model__dtype="float32"), "prune.heads=1",
+             "+prune@weights=sparsegpt", "weights.stage=prune", "weights.pattern=2:4", "weights.samples=12",
+             "weights.sequence_length=64", "+prune@again=dsee", "again.stage=prune", "again.criterion=magnitude",
+             "again.pattern=heads", "again.heads=1", ranks=2)
+    with h5py.File(stage_directory(tmp_path / "run", "weights") / "masks.h5") as file:
+        shapes = {name: (packed.shape[0], int(packed.attrs["columns"])) for name, packed in file.items()}
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == (48, 64)
+    assert shapes["model.layers.0.self_attn.o_proj.weight"] == (64, 48)
+    exported = stage_directory(tmp_path / "run", "export") / "model"
+    weights = load_file(exported / "model.safetensors")
+    for name in shapes:
+        assert (weights[name] == 0).double().mean() >= 0.5, name
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    with h5py.File(files.held_out) as data:
+        tokens = torch.tensor(data["tokens"][()].astype(np.int64))
+    rows = tokens[:len(tokens) // 64 * 64].view(-1, 64)
+    with torch.no_grad():
+        theirs = float(torch.exp(model(rows, labels=rows).loss))
+    assert theirs == pytest.approx(perplexities(tmp_path / "run")[0], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------- the plan, refits
+def test_the_plan_counts_what_the_run_prunes_and_names_a_pooler_that_is_skipped(labelled, tmp_path):
+    def plan(*changes):
+        return run_well(*labelled.arguments(tmp_path / "run", *MASKED, *changes), "--plan").output
+    hidden, middle = HIDDEN, SMALL["intermediate_size"]
+    blocks = BLOCKS * (4 * hidden * hidden + 2 * hidden * middle)
+    said = plan()
+    assert f"{6 * BLOCKS + 1} matrices of {blocks + hidden * hidden} weights, " \
+           f"{math.floor(0.4 * (blocks + hidden * hidden))} zeros or one fewer (40.00 %)" in said
+    said = plan("prune.overrides=[{match: pooler.dense, skip: true}]")
+    assert f"{6 * BLOCKS} matrices of {blocks} weights" in said and "1 skipped" in said
+    assert [line for line in said.splitlines() if "pooler.dense" in line and "skipped" in line]
+    assert "pooling layer keeps" in plan("prune.refit=true", "prune.sequence_length=32", f"data.calibration={labelled.train}")
+
+
+def test_a_refit_changes_what_stays_in_the_blocks_and_neither_masks_nor_the_pooler(labelled, tmp_path):
+    words = ["pipeline=[discover,retrain,prune,retrain_again]", *MASKED, f"data.calibration={labelled.train}", "prune.samples=8",
+             "prune.sequence_length=32"]
+    said = {}
+    for refit in ("false", "true"):
+        said[refit] = run_well(*labelled.arguments(tmp_path / refit, *words, f"prune.refit={refit}"), ranks=2).output
+    plain, solved = masks_of(tmp_path / "false"), masks_of(tmp_path / "true")
+    assert plain.keys() == solved.keys() and all((plain[name] == solved[name]).all() for name in plain)
+    assert "pooling layer keeps" in said["true"] and "pooling layer keeps" not in said["false"]
+    models = [stage_directory(tmp_path / refit, "prune") / "model" for refit in said]
+    ends = [load_file(model / "ends.safetensors") for model in models]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    for block in range(BLOCKS):
+        before, after = (load_file(model / f"block-{block:05}.safetensors") for model in models)
+        for name, weight in after.items():
+            assert ((weight == 0).numpy() >= solved[name]).all() and not torch.equal(weight, before[name]), name
+
+
 # ------------------------------------------------------------------------------- the same bits
 @pytest.mark.parametrize("structure", [MASKED, HEADED], ids=["masked", "headed"])
 def test_the_same_bits_on_any_ranks_and_threads(labelled, tmp_path, structure):
@@ -385,6 +442,7 @@ def test_what_cannot_be_pruned_so_is_refused_with_the_way_out(labelled, tmp_path
              (["prune.pattern=heads", "prune.heads=1", "prune.exclude=[key]"], ["prune.exclude", "every block"]),
              (["prune=magnitude", "prune.pattern=heads", "prune.heads=1"], ["prune.pattern", "magnitude", "dsee"]),
              (["pipeline=[prune,retrain_again]"], ["prune.criterion: delta", "merge: beside"]),
+             (["pipeline=[prune,retrain_again]", "prune.criterion=random"], ["prune.criterion: random", "magnitude"]),
              (["pipeline=[prune,retrain_again]", *HEADED], ["prune.criterion", "merge: beside"])]
     for number, (changes, words) in enumerate(cases):
         ended = run(*labelled.arguments(tmp_path / str(number), *changes), ranks=2)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from program import Started, differences, results, run, run_well, settings, stage_directory
 from small_model import text_tokens, write_files, write_tokens
+from test_classification import SMALL, plain_loop, write_labelled, write_small
 
 SHORT = "[prune,evaluate]"
 LAYOUTS = {"2_ranks": (2, 1), "3_ranks": (3, 1), "1_rank_of_2_threads": (1, 2)}
@@ -133,6 +134,81 @@ def test_zeros_of_a_sparse_model_stay_and_count_when_it_is_pruned_further(files,
         assert zero[before].all(), name
         assert (zero | ~second[name]).all() and second[name][before].all(), name
         assert second[name].mean() == pytest.approx(0.75, abs=0.02), name
+
+
+def test_an_already_sparse_model_loses_no_weight_more_where_its_inputs_are_silent(files, tmp_path):
+    """2:4 by magnitude, then 2:4 by Wanda, on a model whose down projections read features of which half are 0."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[torch.arange(96) % 4 < 2] = 0
+    model.save_pretrained(tmp_path / "model")
+    own = dataclasses.replace(files, model=tmp_path / "model")
+    for again in ("wanda", "sparsegpt"):
+        run_dir = tmp_path / again
+        run_well(*settings(own, run_dir, pipeline="[prune,prune_again]", prune="magnitude"),
+                 f"+prune@prune_again={again}", "prune_again.stage=prune", "prune_again.pattern=2:4",
+                 "prune_again.samples=12", "prune_again.sequence_length=64", "prune_again.exclude=[up_proj]")
+        for name, pruned in masks(run_dir, 1).items():
+            assert (pruned.reshape(-1, 4).sum(1) == 2).all(), (again, name)
+        said = json.loads((stage_directory(run_dir, "prune_again") / "metrics.json").read_text())
+        assert said["sparsity"] == 0.5
+
+
+def test_metrics_tell_the_sparsity_that_was_reached_and_the_log_where_it_is_another_than_asked(files, tmp_path):
+    for name, changes, words in (
+            ("variant", dict(prune="wanda", prune__variant="true"), ["prune.variant", "0.95"]),
+            ("owl", dict(prune="wanda", prune__allocation="owl", prune__owl__span=0.4), ["owl", "0.95", "span"]),
+            ("dense", dict(prune="magnitude"), [])):
+        ended = run_well(*settings(files, tmp_path / name, pipeline="[prune]", **{**UNSTRUCTURED, "prune__sparsity": 0.95},
+                                   **changes))
+        said, pruned = metrics(tmp_path / name), np.concatenate([mask.ravel() for mask in masks(tmp_path / name).values()])
+        assert said["sparsity"] == pytest.approx(pruned.mean(), abs=1e-12) and said["sparsity_asked"] == 0.95
+        assert (abs(said["sparsity"] - 0.95) > 0.001) == bool(words), said["sparsity"]
+        assert all(word in ended.output for word in words), ended.output
+        assert ("samples" in said) == (name != "dense")
+
+
+# ------------------------------------------------------------------------------- encoders
+ENCODERS = {
+    "sparsegpt": ["prune=sparsegpt", "prune.pattern=2:4"],
+    "alps": ["prune=alps", "prune.sparsity=0.6"],
+    "owl": ["prune=wanda", "prune.sparsity=0.6", "prune.allocation=owl"],
+    "dsnot_and_refit": ["prune=wanda", "prune.pattern=2:4", "prune.refine=dsnot", "prune.dsnot.skip=none",
+                        "prune.refit=true"],
+    "masked_tokens": ["prune=sparsegpt", "prune.sparsity=0.6", "prune.tokens=loss_mask"],
+}
+
+
+@pytest.mark.parametrize("case", ENCODERS)
+def test_an_encoder_is_pruned_the_same_on_any_ranks_and_reloaded_by_transformers(case, tmp_path):
+    write_small("bert", 2, tmp_path / "model")
+    rows = write_labelled(tmp_path / "rows.h5", np.arange(20) % 2, 2, "RTE")
+    tokens = np.random.default_rng(1).integers(3, SMALL["vocab_size"], 4000)
+    with h5py.File(tmp_path / "text.h5", "w") as out:
+        out["tokens"], out["offsets"] = tokens.astype(np.int32), np.array([0, len(tokens)], np.int64)
+        out.attrs.update({"kind": np.bytes_("text"), "vocabulary_size": np.int64(SMALL["vocab_size"]),
+                          "tokenizer_checksum": np.bytes_("0" * 64), "end_token": np.int64(2)})
+    add_loss_mask(tmp_path / "text.h5", counted_tokens(4000))
+    for ranks in (1, 3):
+        run_well("pipeline=[prune,evaluate,export]", *ENCODERS[case], "evaluate=classification", "model.dtype=float32",
+                 f"model.path={tmp_path / 'model'}", f"data.calibration={tmp_path / 'text.h5'}", "prune.samples=12",
+                 "prune.sequence_length=64", f"evaluate.tasks.labels.data={tmp_path / 'rows.h5'}",
+                 "evaluate.tasks.labels.answers=true", f"run.dir={tmp_path / str(ranks)}", "cluster.threads_per_rank=1",
+                 ranks=ranks)
+    assert differences(results(tmp_path / "1"), results(tmp_path / "3")) == []
+    exported = stage_directory(tmp_path / "1", "export") / "model"
+    weights, found = load_file(exported / "model.safetensors"), masks(tmp_path / "1")
+    assert len(found) == 12
+    for name, pruned in found.items():
+        assert ((weights[name] == 0).numpy() == pruned).all(), name
+    asked = 0.5 if "prune.pattern=2:4" in ENCODERS[case] else 0.6
+    # Wanda's rows of 32 inputs lose a whole number of them each.
+    assert asked - 1 / 32 < metrics(tmp_path / "1")["sparsity"] < asked + 0.01
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(exported, dtype=torch.float32).eval()
+    answers = (stage_directory(tmp_path / "1", "evaluate") / "labels.answers.jsonl").read_text().splitlines()
+    ours, theirs = np.array([json.loads(line)["logits"] for line in answers]), plain_loop(model, rows, True)
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
 # ------------------------------------------------------------------------------- masked tokens

@@ -103,6 +103,26 @@ def test_a_diffusion_pipeline_is_compressed_and_decoded_part_by_part(tmp_path):
         assert (tmp_path / "decoded" / file).read_text() == (tmp_path / "base" / file).read_text()
 
 
+def test_a_part_whose_weights_have_a_variants_name_is_compressed_too(tmp_path):
+    """unet/diffusion_pytorch_model.fp16.safetensors, as hubs store half precision, and an adapter of any name."""
+    weights = unet(1)
+    changed = tuned(weights)
+    for name, tensors in (("base", weights), ("tuned", changed)):
+        write_pipeline(tmp_path / name, tensors)
+        for file in (tmp_path / name / "unet").glob("*.safetensors*"):
+            file.unlink()
+        (tmp_path / name / "adapter").mkdir()
+        save_file(tensors, tmp_path / name / "unet/diffusion_pytorch_model.fp16.safetensors")
+        save_file({"down.weight": tensors["time_embedding.linear_1.weight"]},
+                  tmp_path / name / "adapter/pytorch_lora_weights.safetensors")
+    residual = compress(tmp_path, tmp_path / "base", tmp_path / "tuned")
+    espalier("decode", tmp_path / "base", residual, tmp_path / "decoded")
+    assert_close(load_file(tmp_path / "decoded/unet/diffusion_pytorch_model.safetensors"), weights, changed)
+    decoded = load_file(tmp_path / "decoded/adapter/pytorch_lora_weights.safetensors")
+    assert_close(decoded, {"down.weight": weights["time_embedding.linear_1.weight"]},
+                 {"down.weight": changed["time_embedding.linear_1.weight"]})
+
+
 def test_a_transformer_of_another_family_in_one_file_without_a_configuration(tmp_path):
     """Nested names of a diffusion transformer, bfloat16, in a file of any name; budget instead of rank."""
     generator = torch.Generator().manual_seed(2)

@@ -125,6 +125,26 @@ at::Tensor factor_for(int64_t n, const std::vector<int64_t>& dead = {}) {
   return linalg::inverse_factor(gram, 0.01, "test", report);
 }
 
+TEST(Zeros, OfASparseModelGoBeforeWeightsWhoseInputIsSilent) {
+  Here here;
+  // Each group of four: two weights that read a silent input, two zeros. Nothing more is to go.
+  const at::Tensor w = at::tensor({5.f, 6.f, 0.f, 0.f}).repeat({3, 2});
+  const at::Tensor expected = at::tensor({0, 0, 1, 1}, at::kByte).repeat({3, 2});
+  const std::vector<Floats> norms = {{0, 0, 1, 1, 0, 0, 1, 1}};
+  const std::vector<int64_t> silent = {0, 1, 4, 5};
+  for (const Pattern& pattern : {kTwoOfFour, unstructured(0.5)}) {
+    std::vector<MatrixTask> wanda = {task_of(w, pattern)}, sparsegpt = {task_of(w, pattern)};
+    prune_wanda(wanda, norms, true, here.workers, here.group);
+    EXPECT_TRUE(wanda[0].mask.equal(expected)) << pattern.name();
+    EXPECT_TRUE(wanda[0].weight.equal(w)) << pattern.name();
+    // The position floor(24 * 0.5) is the first beyond the zeros, and as published its ties go too.
+    if (pattern.unstructured()) sparsegpt[0].pattern.sparsity = 0.49;
+    prune_sparsegpt(sparsegpt, std::vector<at::Tensor>{factor_for(8, silent)},
+                    std::vector<std::vector<int64_t>>{silent}, 8, true, here.workers, here.group);
+    EXPECT_TRUE(sparsegpt[0].mask.equal(expected)) << pattern.name();
+  }
+}
+
 struct Plain {
   at::Tensor weight, mask;
 };
