@@ -19,13 +19,17 @@ namespace {
 namespace fs = std::filesystem;
 
 /// A classification head that a stage gave to the model stands in config.json too, so that
-/// `transformers` loads the class that has it; and `more`.
+/// `transformers` loads the class that has it; that an output embedding is no copy of the token
+/// embedding, although config.json said so (not every version compares them); and `more`.
 void write_config_keys(const io::Checkpoint& checkpoint, const fs::path& directory,
                        const nlohmann::json& more) {
   if (!model::knows_architecture(checkpoint)) return;
+  const model::Architecture architecture = model::read_architecture(checkpoint);
   nlohmann::json keys = more;
-  if (const auto of_head = model::config_of_head(checkpoint, model::read_architecture(checkpoint)))
-    keys.update(*of_head);
+  if (const auto of_head = model::config_of_head(checkpoint, architecture)) keys.update(*of_head);
+  if (architecture.tied_head && !architecture.head.empty() &&
+      architecture.head != architecture.token_embedding)
+    keys["tie_word_embeddings"] = false;
   if (keys.empty()) return;
   const fs::path file = directory / "config.json";
   nlohmann::json config = io::parse_json(io::read_file(file), file.string());
