@@ -85,6 +85,14 @@ void require_tensors(const Architecture& a, const io::Checkpoint& checkpoint) {
   }
 }
 
+/// As transformers ties: a head that is stored beside the embedding and differs is a head of its
+/// own, whatever config.json says. Reads both tensors, once a process.
+bool is_tied(const Architecture& a, const io::Checkpoint& checkpoint) {
+  if (!a.tied_head) return false;
+  return !checkpoint.has(a.head) || !checkpoint.has(a.token_embedding) ||
+         checkpoint.tensor_checksum(a.head) == checkpoint.tensor_checksum(a.token_embedding);
+}
+
 }  // namespace
 
 const Linear* Architecture::find(Role role) const {
@@ -144,6 +152,7 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   }
   Architecture architecture = found->second(config, checkpoint);
   architecture.model_type = type;
+  if (is_tied(architecture, checkpoint)) architecture.head = architecture.token_embedding;
   // A decoder with a classification head in the place of its output embedding (sequence_head.h).
   if (!checkpoint.has(architecture.head) && checkpoint.has("score.weight"))
     architecture.head = architecture.head_bias = "";

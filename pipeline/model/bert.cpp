@@ -7,9 +7,7 @@ namespace {
 
 Architecture read_bert(const nlohmann::json& json, const io::Checkpoint& checkpoint) {
   const ConfigReader config = config_reader(json, checkpoint);
-  // Task models (BertForSequenceClassification, ...) keep the encoder under "bert.".
-  Architecture a =
-      read_encoder(config, checkpoint.has("bert.embeddings.word_embeddings.weight") ? "bert." : "");
+  Architecture a = read_encoder(config, checkpoint, encoder_root(checkpoint, "bert."));
   a.max_positions = config.integer("max_position_embeddings", 1, kPositionLimit);
   return a;
 }

@@ -15,6 +15,9 @@ nlohmann::json config_of_tensors(const io::Checkpoint& checkpoint) {
   if (checkpoint.config().at("vocab_size") != architecture.vocabulary)
     keys["vocab_size"] = architecture.vocabulary;
   if (const auto of_head = config_of_head(checkpoint, architecture)) keys.update(*of_head);
+  if (architecture.tied_head && !architecture.head.empty() &&
+      architecture.head != architecture.token_embedding)
+    keys["tie_word_embeddings"] = false;
   return keys;
 }
 

@@ -11,8 +11,9 @@ namespace espalier::model {
 
 /// An object of keys: vocab_size, where rows were added to the embedding, and those of a
 /// classification head that a stage gave to the model (config_of_head), so that `transformers`
-/// loads the class that has it. Empty when there is nothing to say or the family is not one of
-/// ours. Throws what read_architecture throws.
+/// loads the class that has it; and that an output embedding is no copy of the token embedding,
+/// although the file said so (not every version compares them). Empty when there is nothing to say
+/// or the family is not one of ours. Throws what read_architecture throws.
 nlohmann::json config_of_tensors(const io::Checkpoint& checkpoint);
 
 /// Sets the keys in DIRECTORY/config.json, when there are any.

@@ -26,7 +26,8 @@ void refuse_unsupported(const ConfigReader& config, const Architecture& a) {
   same("attention_head_size", a.head_size);
 }
 
-RelativePositions read_relative(const ConfigReader& config, const std::string& root) {
+RelativePositions read_relative(const ConfigReader& config, const io::Checkpoint& checkpoint,
+                                const std::string& root) {
   RelativePositions r;
   for (const std::string& term : config.texts("pos_att_type")) {
     if (term == "c2p") {
@@ -46,7 +47,7 @@ RelativePositions read_relative(const ConfigReader& config, const std::string& r
   r.embedding = root + "encoder.rel_embeddings.weight";
   const auto norms = config.texts("norm_rel_ebd");
   if (std::find(norms.begin(), norms.end(), "layer_norm") != norms.end())
-    r.norm = {root + "encoder.LayerNorm.weight", root + "encoder.LayerNorm.bias"};
+    r.norm = encoder_norm(checkpoint, root, root + "encoder.");
   if (!config.flag_or("share_att_key", false)) {
     if (r.content_to_position)
       r.key = {"attention.self.pos_key_proj.weight", "attention.self.pos_key_proj.bias"};
@@ -58,10 +59,8 @@ RelativePositions read_relative(const ConfigReader& config, const std::string& r
 
 Architecture read_deberta_v2(const nlohmann::json& json, const io::Checkpoint& checkpoint) {
   const ConfigReader config = config_reader(json, checkpoint);
-  // Task models (DebertaV2ForSequenceClassification, ...) keep the encoder under "deberta.".
-  const std::string root =
-      checkpoint.has("deberta.embeddings.word_embeddings.weight") ? "deberta." : "";
-  Architecture a = read_encoder(config, root);
+  const std::string root = encoder_root(checkpoint, "deberta.");
+  Architecture a = read_encoder(config, checkpoint, root);
   refuse_unsupported(config, a);
   for (Linear& linear : a.linears)
     if (linear.role == kQuery || linear.role == kKey || linear.role == kValue)
@@ -72,7 +71,7 @@ Architecture read_deberta_v2(const nlohmann::json& json, const io::Checkpoint& c
   a.token_types = config.integer_or("type_vocab_size", 0, 0, kSizeLimit);
   if (a.token_types == 0) a.type_embedding.clear();
 
-  const RelativePositions relative = read_relative(config, root);
+  const RelativePositions relative = read_relative(config, checkpoint, root);
   const bool any = relative.content_to_position || relative.position_to_content;
   if (any && !config.flag_or("relative_attention", false))
     config.fail("pos_att_type asks for relative positions and relative_attention is false");

@@ -42,7 +42,7 @@ Architecture read_gpt2(const nlohmann::json& json, const io::Checkpoint& checkpo
   a.token_embedding = root + "wte.weight";
   a.position_embedding = root + "wpe.weight";
   a.final_norm = {root + "ln_f.weight", root + "ln_f.bias"};
-  a.head = a.tied_head ? a.token_embedding : "lm_head.weight";
+  a.head = "lm_head.weight";
   return a;
 }
 

@@ -40,7 +40,7 @@ Architecture read_gpt_neox(const nlohmann::json& json, const io::Checkpoint& che
   a.feed_forward_norm = {"post_attention_layernorm.weight", "post_attention_layernorm.bias"};
   a.token_embedding = root + "embed_in.weight";
   a.final_norm = {root + "final_layer_norm.weight", root + "final_layer_norm.bias"};
-  a.head = a.tied_head ? a.token_embedding : "embed_out.weight";
+  a.head = "embed_out.weight";
   return a;
 }
 

@@ -27,7 +27,7 @@ namespace espalier::model {
 struct TensorCount {
   int64_t elements = 0, nonzeros = 0;
 };
-/// Of the checkpoint's tensors by name.
+/// Of the checkpoint's parameters by name (parameter_names.h).
 using TensorCounts = std::map<std::string, TensorCount>;
 
 struct Flops {

@@ -10,8 +10,8 @@ Architecture read_llama(const nlohmann::json& json, const io::Checkpoint& checkp
   const ConfigReader config = config_reader(json, checkpoint);
   Architecture a = read_gated_decoder(config);
   // LLaMA's configurations may carry the key; only Mistral's attention uses it.
-  if (config.text_or("model_type", "") == "mistral" && config.has("sliding_window"))
-    a.sliding_window = config.integer("sliding_window", 1, kPositionLimit);
+  if (config.text_or("model_type", "") == "mistral")
+    a.sliding_window = read_window(json, checkpoint);
   return a;
 }
 

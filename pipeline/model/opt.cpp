@@ -44,7 +44,7 @@ Architecture read_opt(const nlohmann::json& json, const io::Checkpoint& checkpoi
     a.project_in = root + "project_in.weight";
     a.project_out = root + "project_out.weight";
   }
-  a.head = a.tied_head ? a.token_embedding : "lm_head.weight";
+  a.head = "lm_head.weight";
   return a;
 }
 

@@ -41,7 +41,7 @@ Architecture read_phi(const nlohmann::json& json, const io::Checkpoint& checkpoi
   }
   a.token_embedding = "model.embed_tokens.weight";
   a.final_norm = {"model.final_layernorm.weight", "model.final_layernorm.bias"};
-  a.head = a.tied_head ? a.token_embedding : "lm_head.weight";
+  a.head = "lm_head.weight";
   a.head_bias = "lm_head.bias";
   return a;
 }

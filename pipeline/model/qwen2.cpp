@@ -10,7 +10,7 @@ Architecture read_qwen2(const nlohmann::json& json, const io::Checkpoint& checkp
   Architecture a = read_gated_decoder(config);
   for (Linear& linear : a.linears)
     linear.bias = linear.role == kQuery || linear.role == kKey || linear.role == kValue;
-  read_window_of_all_blocks(a, config);
+  read_window_of_all_blocks(a, json, checkpoint);
   return a;
 }
 

@@ -10,7 +10,7 @@ Architecture read_qwen3(const nlohmann::json& json, const io::Checkpoint& checkp
   Architecture a = read_gated_decoder(config, "silu", 128);
   a.query_norm = {"self_attn.q_norm.weight", ""};
   a.key_norm = {"self_attn.k_norm.weight", ""};
-  read_window_of_all_blocks(a, config);
+  read_window_of_all_blocks(a, json, checkpoint);
   return a;
 }
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <tuple>
 
 namespace espalier::model {
 
@@ -24,34 +25,29 @@ Activation read_activation(const ConfigReader& config, const std::string& key,
                   key, name));
 }
 
-Rotary read_rotary(const ConfigReader& config, int64_t head_size, int64_t max_positions,
-                   const RotaryKeys& keys) {
-  const bool one_table = config.has("rope_parameters");
-  const bool scaled = config.has("rope_scaling");
-  const ConfigReader table = one_table ? config.child("rope_parameters")
-                             : scaled  ? config.child("rope_scaling")
-                                       : config;
+namespace {
+
+/// Rotary positions as `table` has them, and the keys outside where it has none.
+Rotary read_rotary_table(const ConfigReader& config, const ConfigReader& table, int64_t head_size,
+                         int64_t max_positions, const RotaryKeys& keys) {
   Rotary rotary;
   // A default would be wrong in silence: SmolLM2's is 100000, LLaMA 3's 500000.
-  rotary.theta = one_table ? table.number("rope_theta") : config.number(keys.theta);
+  rotary.theta = table.has("rope_theta") ? table.number("rope_theta") : config.number(keys.theta);
   if (rotary.theta <= 1)
     config.fail(fmt::format("{}: {} is not above 1", keys.theta, rotary.theta));
   double share = 1;
   if (!keys.share.empty())
-    share = one_table ? table.number_or("partial_rotary_factor",
-                                        config.number_or(keys.share, keys.default_share))
-                      : config.number_or(keys.share, keys.default_share);
+    share =
+        table.number_or("partial_rotary_factor", config.number_or(keys.share, keys.default_share));
   rotary.rotated = static_cast<int64_t>(static_cast<double>(head_size) * share);
   if (share > 1 || rotary.rotated < 2 || rotary.rotated % 2 != 0)
     config.fail(
         fmt::format("{} of a head's {} features would turn; an even number from 2 to {} "
                     "is expected",
                     rotary.rotated, head_size, head_size));
-  if (one_table || scaled) {
-    rotary.type = table.text_or("rope_type", table.text_or("type", "default"));
-    rotary.factor = table.number_or("factor", 1);
-    if (rotary.factor < 1) table.fail(fmt::format("factor: {} is below 1", rotary.factor));
-  }
+  rotary.type = table.text_or("rope_type", table.text_or("type", "default"));
+  rotary.factor = table.number_or("factor", 1);
+  if (rotary.factor < 1) table.fail(fmt::format("factor: {} is below 1", rotary.factor));
   if (rotary.type == "llama3") {
     rotary.low_frequency_factor = table.number("low_freq_factor");
     rotary.high_frequency_factor = table.number("high_freq_factor");
@@ -64,6 +60,36 @@ Rotary read_rotary(const ConfigReader& config, int64_t head_size, int64_t max_po
                            rotary.type));
   }
   return rotary;
+}
+
+bool are_equal(const Rotary& one, const Rotary& other) {
+  const auto values = [](const Rotary& r) {
+    return std::tie(r.theta, r.rotated, r.type, r.factor, r.low_frequency_factor,
+                    r.high_frequency_factor, r.original_positions);
+  };
+  return values(one) == values(other);
+}
+
+}  // namespace
+
+Rotary read_rotary(const ConfigReader& config, int64_t head_size, int64_t max_positions,
+                   const RotaryKeys& keys) {
+  const auto read = [&](const ConfigReader& table) {
+    return read_rotary_table(config, table, head_size, max_positions, keys);
+  };
+  const bool one_table = config.has("rope_parameters"), scaled = config.has("rope_scaling");
+  if (!one_table && !scaled) {
+    static const nlohmann::json nothing = nlohmann::json::object();
+    return read({nothing, ""});
+  }
+  const ConfigReader table = config.child(scaled ? "rope_scaling" : "rope_parameters");
+  const bool has_theta = table.has("rope_theta") || config.has(keys.theta);
+  if (one_table && scaled &&
+      (!has_theta || !are_equal(read(table), read(config.child("rope_parameters")))))
+    config.fail(
+        "rope_parameters and rope_scaling do not say the same; transformers reads rope_scaling "
+        "alone where both stand: remove the one that is not meant");
+  return read(table);
 }
 
 void read_heads(Architecture& a, const ConfigReader& config, const std::string& hidden,
@@ -111,12 +137,21 @@ Architecture read_gated_decoder(const ConfigReader& config, const std::string& a
   a.feed_forward_norm = {"post_attention_layernorm.weight", ""};
   a.token_embedding = "model.embed_tokens.weight";
   a.final_norm = {"model.norm.weight", ""};
-  a.head = a.tied_head ? a.token_embedding : "lm_head.weight";
+  a.head = "lm_head.weight";
   return a;
 }
 
-void read_window_of_all_blocks(Architecture& a, const ConfigReader& config) {
-  if (!config.flag_or("use_sliding_window", false) || !config.has("sliding_window")) return;
+std::optional<int64_t> read_window(const nlohmann::json& json, const io::Checkpoint& checkpoint) {
+  if (json.contains("sliding_window") && json["sliding_window"].is_null()) return std::nullopt;
+  return config_reader(json, checkpoint).integer_or("sliding_window", 4096, 1, kPositionLimit);
+}
+
+void read_window_of_all_blocks(Architecture& a, const nlohmann::json& json,
+                               const io::Checkpoint& checkpoint) {
+  const ConfigReader config = config_reader(json, checkpoint);
+  if (!config.flag_or("use_sliding_window", false)) return;
+  const std::optional<int64_t> window = read_window(json, checkpoint);
+  if (!window) return;
   int64_t with_window = 0;
   if (config.has("layer_types")) {
     const auto types = config.texts("layer_types");
@@ -133,10 +168,22 @@ void read_window_of_all_blocks(Architecture& a, const ConfigReader& config) {
         fmt::format("{} of {} layers have a sliding window; espalier reads models where "
                     "all or none have one (use_sliding_window)",
                     with_window, a.blocks));
-  a.sliding_window = config.integer("sliding_window", 1, kPositionLimit);
+  a.sliding_window = window;
 }
 
-Architecture read_encoder(const ConfigReader& config, const std::string& root) {
+std::string encoder_root(const io::Checkpoint& checkpoint, const std::string& prefix) {
+  return checkpoint.has(prefix + "embeddings.word_embeddings.weight") ? prefix : "";
+}
+
+Names encoder_norm(const io::Checkpoint& checkpoint, const std::string& root,
+                   const std::string& stem) {
+  if (checkpoint.has(root + "embeddings.LayerNorm.gamma"))
+    return {stem + "LayerNorm.gamma", stem + "LayerNorm.beta"};
+  return {stem + "LayerNorm.weight", stem + "LayerNorm.bias"};
+}
+
+Architecture read_encoder(const ConfigReader& config, const io::Checkpoint& checkpoint,
+                          const std::string& root) {
   Architecture a;
   a.task = Task::encoder;
   if (config.flag_or("is_decoder", false))
@@ -158,13 +205,13 @@ Architecture read_encoder(const ConfigReader& config, const std::string& root) {
                {kOutput, kAttentionOutput, "attention.output.dense", a.hidden, a.hidden, true},
                {kUp, kFeedForwardInput, "intermediate.dense", a.intermediate, a.hidden, true},
                {kDown, kFeedForwardMiddle, "output.dense", a.hidden, a.intermediate, true}};
-  a.attention_norm = {"attention.output.LayerNorm.weight", "attention.output.LayerNorm.bias"};
-  a.feed_forward_norm = {"output.LayerNorm.weight", "output.LayerNorm.bias"};
+  a.attention_norm = encoder_norm(checkpoint, root, "attention.output.");
+  a.feed_forward_norm = encoder_norm(checkpoint, root, "output.");
   a.token_embedding = root + "embeddings.word_embeddings.weight";
   a.position_embedding = root + "embeddings.position_embeddings.weight";
   a.token_types = config.integer_or("type_vocab_size", 2, 0, kSizeLimit);
   if (a.token_types > 0) a.type_embedding = root + "embeddings.token_type_embeddings.weight";
-  a.embedding_norm = {root + "embeddings.LayerNorm.weight", root + "embeddings.LayerNorm.bias"};
+  a.embedding_norm = encoder_norm(checkpoint, root, root + "embeddings.");
   return a;
 }
 

@@ -10,9 +10,7 @@ namespace {
 
 Architecture read_roberta(const nlohmann::json& json, const io::Checkpoint& checkpoint) {
   const ConfigReader config = config_reader(json, checkpoint);
-  // Task models (RobertaForSequenceClassification, ...) keep the encoder under "roberta.".
-  Architecture a = read_encoder(
-      config, checkpoint.has("roberta.embeddings.word_embeddings.weight") ? "roberta." : "");
+  Architecture a = read_encoder(config, checkpoint, encoder_root(checkpoint, "roberta."));
   a.padding_token = config.integer_or("pad_token_id", 1, 0, kVocabularyLimit);
   a.position_offset = *a.padding_token + 1;
   a.max_positions =

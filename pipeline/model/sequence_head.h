@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -20,6 +21,8 @@ namespace espalier::model {
 
 /// What the logits are for: one class a sequence, or one number (as many as labels).
 enum class Problem { classification, regression };
+
+inline constexpr const char* kLabelsFile = "labels.json";
 
 struct HeadTensor {
   std::string name;      ///< in the checkpoint: "bert.pooler.dense.weight"
@@ -35,21 +38,37 @@ struct SequenceHead {
   /// classifier's weight [labels, hidden] and, for encoders, bias [labels].
   std::vector<HeadTensor> tensors;
 
-  bool created() const { return tensors.back().created; }  ///< the classifier was drawn anew
+  std::vector<std::string> created() const;  ///< names of the tensors that were drawn
   std::vector<at::Tensor> values() const;
 };
 
-/// Rows of the checkpoint's classifier; nullopt when it has none. Throws UserError when
-/// it is no matrix over the hidden states.
+/// Rows of the checkpoint's classifier; nullopt when it has none, or when config.json names a class
+/// of another task that calls its head the same (BertForTokenClassification, ...) and no stage has
+/// trained another. Throws UserError when it is no matrix over the hidden states.
 std::optional<int64_t> labels_of_head(const io::Checkpoint& checkpoint,
                                       const Architecture& architecture);
 
+/// What the classes of the checkpoint's head are called, in the order of its rows: labels.json in
+/// the nearest directory of the chain that has one, {"labels": ["entailment", ...]}, else id2label
+/// of config.json. Empty where nothing says it.
+std::vector<std::string> label_names(const io::Checkpoint& checkpoint,
+                                     const Architecture& architecture);
+/// Writes labels.json beside the tensors of a derived model; no names say that there are none.
+void write_label_names(const std::filesystem::path& directory,
+                       const std::vector<std::string>& names);
+/// Copies the nearest labels.json of `from`'s chain, where there is one, into `directory`.
+void carry_label_names(const io::Checkpoint& from, const std::filesystem::path& directory);
+
 /// The head with `labels` rows: what the checkpoint has of it is loaded, the rest drawn as
 /// transformers draws it: weights N(0, initializer_range), counter-based by (seed, tensor name),
-/// biases 0. With `replace` a classifier of another number of labels is drawn anew; without, it is
-/// an error (UserError with both numbers), as is an encoder whose head espalier does not know.
+/// biases 0. Where both the checkpoint and `names` (of the labels, in their order) really name the
+/// classes ("LABEL_1" and "1" name none), the rows come in the order of `names`; case, spaces, "-"
+/// and "_" are not compared. With `replace` a classifier of another number or of other names of
+/// labels is drawn anew; without, it is an error (UserError with both), as is an encoder whose head
+/// espalier does not know.
 SequenceHead load_sequence_head(const io::Checkpoint& checkpoint, const Architecture& architecture,
-                                int64_t labels, uint64_t seed, bool replace = false);
+                                int64_t labels, uint64_t seed, bool replace = false,
+                                const std::vector<std::string>& names = {});
 
 /// The weight [hidden, hidden] of the dense layer that pools an encoder's first token
 /// ("bert.pooler.dense.weight"); nullopt where the checkpoint or the family has none.
@@ -67,9 +86,9 @@ at::Tensor sequence_logits(const SequenceHead& head, const std::vector<at::Tenso
 /// float64 with NaN for none. A regression has one label a sequence. Differentiable in logits.
 at::Tensor sequence_loss(const at::Tensor& logits, const at::Tensor& labels, Problem problem);
 
-/// The keys of config.json that a checkpoint with this head needs beside its own: architectures,
-/// id2label, label2id, problem_type, and for decoders pad_token_id. nullopt without a head.
-/// Names of labels that are there in the right number stay.
+/// The keys of config.json that a checkpoint with this head needs beside its own: architectures
+/// (where it names a class of the family), id2label and label2id by label_names() or LABEL_0, ...,
+/// problem_type, and for decoders pad_token_id. nullopt without a head.
 std::optional<nlohmann::json> config_of_head(const io::Checkpoint& checkpoint,
                                              const Architecture& architecture);
 

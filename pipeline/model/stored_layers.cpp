@@ -85,6 +85,20 @@ at::Tensor layer_part(const Architecture& a, const Linear& linear, const at::Ten
   return linear.stored.by_head ? rows.flatten(0, 1) : rows;
 }
 
+std::vector<std::string> copies_of_tied_head(const Architecture& a,
+                                             const io::Checkpoint& checkpoint) {
+  std::vector<std::string> copies;
+  if (a.head != a.token_embedding) return copies;
+  const io::TensorInfo& info = checkpoint.info(a.token_embedding);
+  for (const std::string& name : checkpoint.names()) {
+    const io::TensorInfo& other = checkpoint.info(name);
+    if (name != a.token_embedding && other.dtype == info.dtype && other.shape == info.shape &&
+        checkpoint.tensor_checksum(name) == checkpoint.tensor_checksum(a.token_embedding))
+      copies.push_back(name);
+  }
+  return copies;
+}
+
 NamedTensors stored_tensors(const Architecture& a, const io::Checkpoint& base,
                             const NamedTensors& layers) {
   NamedTensors tensors;
@@ -93,6 +107,9 @@ NamedTensors stored_tensors(const Architecture& a, const io::Checkpoint& base,
     const auto place = place_of(a, name);
     if (!place || plain(place->linear->stored)) {
       tensors.emplace_back(name, tensor);
+      if (name == a.token_embedding)
+        for (const std::string& copy : copies_of_tied_head(a, base))
+          tensors.emplace_back(copy, tensor);
       continue;
     }
     const Linear linear = a.in_block(place->block, *place->linear);

@@ -27,13 +27,20 @@ std::vector<int64_t> stored_weight_shape(const Linear& linear);
 at::Tensor layer_part(const Architecture& architecture, const Linear& linear,
                       const at::Tensor& stored);
 
+/// Names under which the checkpoint stores a tied head once more, with the same values: other
+/// programs tie by comparing, so what changes the embedding changes them too. Reads tensors of the
+/// embedding's shape, once a process.
+std::vector<std::string> copies_of_tied_head(const Architecture& architecture,
+                                             const io::Checkpoint& checkpoint);
+
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
 /// Tensors by their layers' names, as the checkpoint stores them: what is kept plainly (and every
 /// name that is no layer's) passes as it is; what is kept transposed is turned; parts of one tensor
 /// are joined, and the parts that are not among `layers` keep `base`'s values, in the type of the
-/// given ones (all are given where `base` has another number of heads). The order is that of the
-/// first part of each. Costs a copy of the joined tensors.
+/// given ones (all are given where `base` has another number of heads). A tied embedding is given
+/// to its copies in `base` too. The order is that of the first part of each. Costs a copy of the
+/// joined tensors.
 NamedTensors stored_tensors(const Architecture& architecture, const io::Checkpoint& base,
                             const NamedTensors& layers);
 

@@ -8,6 +8,7 @@
 #include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/checksum.h"
 #include "pipeline/model/added_terms.h"
+#include "pipeline/model/sequence_head.h"
 #include "stages/compress/compressor.h"
 #include "stages/compress/method.h"
 #include "stages/compress/pairs.h"
@@ -176,6 +177,8 @@ class CompressStage : public driver::Stage {
     const nlohmann::json metrics = compress_model(base, fine_tuned, context.directory, settings,
                                                   run.group, *run.workers, hooks);
     context.progress.finish();
+    // The decoded model stands on the base, whose head may be of other classes.
+    if (run.group.is_root()) model::carry_label_names(fine_tuned, context.directory / "model");
     tell(context, metrics);
     return metrics;
   }

@@ -34,9 +34,10 @@ class Classification : public Measurement {
   void check(const driver::RunContext& run, const model::Architecture& architecture,
              const std::filesystem::path& start_model) const override {
     const data::TokenSet set = open(architecture, start_model);
-    // The head may be made by a stage before this one: only its kind is asked for here.
     const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
-    model::load_sequence_head(checkpoint, architecture, labels_of(set), run.seed, /*replace=*/true);
+    // A stage before this one may train another head, where there is something to train on.
+    model::load_sequence_head(checkpoint, architecture, labels_of(set), run.seed,
+                              /*replace=*/!run.train_data.empty(), set.label_names());
     if (set.has_token_types() && !architecture.type_embedding.empty() &&
         checkpoint.info(architecture.type_embedding).shape[0] < 2 && uses_second_type(set))
       throw UserError(fmt::format(
@@ -51,12 +52,14 @@ class Classification : public Measurement {
     const data::TokenSet set = open(architecture, context.input_model);
     const int64_t columns = labels_of(set);
     const model::SequenceHead head =
-        model::load_sequence_head(checkpoint, architecture, columns, context.run.seed);
-    if (head.created())
+        model::load_sequence_head(checkpoint, architecture, columns, context.run.seed,
+                                  /*replace=*/false, set.label_names());
+    const std::vector<std::string> drawn = head.created();
+    if (!drawn.empty())
       context.progress.say(fmt::format(
-          "{}: the model has no classification head yet; one is drawn from run.seed, so this is "
+          "{}: the model has no classification head yet; {} are drawn from run.seed, so this is "
           "what chance gives",
-          name));
+          name, fmt::join(drawn, ", ")));
     const std::vector<double> logits = score(context, checkpoint, architecture, set, head);
     std::vector<double> labels;
     for (int64_t d = 0; d < set.documents(); ++d) labels.push_back(set.label(d));
@@ -69,7 +72,7 @@ class Classification : public Measurement {
                           {"tokens", tokens_of(set)},
                           {"classes", set.classes()},
                           {"reported", data::metrics_of_task(set)},
-                          {"head", head.created() ? "drawn" : "model"},
+                          {"head", drawn.empty() ? "model" : "drawn"},
                           {"data_checksum", set.checksum()}};
     if (length_) row["sequence_length"] = *length_;
     model::TensorCount matrices;

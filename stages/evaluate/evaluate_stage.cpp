@@ -6,6 +6,7 @@
 
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/model/architecture.h"
+#include "pipeline/model/parameter_names.h"
 #include "stages/evaluate/measurement.h"
 
 namespace espalier::evaluate {
@@ -20,11 +21,12 @@ std::vector<std::unique_ptr<Measurement>> read_tasks(const config::Section& sect
   return tasks;
 }
 
-/// Of every tensor; they are spread over ranks.
-model::TensorCounts count_tensors(const io::Checkpoint& checkpoint,
-                                  const comm::Communicator& group) {
+/// Of every parameter; they are spread over ranks.
+model::TensorCounts count_parameters(const io::Checkpoint& checkpoint,
+                                     const model::Architecture& architecture,
+                                     const comm::Communicator& group) {
   c10::InferenceMode guard;
-  const std::vector<std::string> names = checkpoint.names();
+  const std::vector<std::string> names = model::parameter_names(checkpoint, architecture);
   std::vector<int64_t> nonzeros(names.size());
   for (size_t i = group.rank(); i < names.size(); i += group.size()) {
     nonzeros[i] = at::count_nonzero(checkpoint.view(names[i])).item<int64_t>();
@@ -73,7 +75,8 @@ class EvaluateStage : public driver::Stage {
   driver::StageResult carry_out(driver::StageContext& context) const override {
     const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
     const model::Architecture architecture = model::read_architecture(checkpoint);
-    const model::TensorCounts counts = count_tensors(checkpoint, context.run.group);
+    const model::TensorCounts counts =
+        count_parameters(checkpoint, architecture, context.run.group);
     nlohmann::json metrics = {{"tasks", nlohmann::json::object()},
                               {"model", sums_of(counts, checkpoint)}};
     for (const auto& task : tasks_) {

@@ -24,7 +24,7 @@ class Measurement {
   virtual void check(const driver::RunContext& run, const model::Architecture& architecture,
                      const std::filesystem::path& start_model) const = 0;
   /// The task's row of metrics ("kind", the figures, what they were taken of, add_flops).
-  /// `counts`: of the checkpoint's tensors. Collective.
+  /// `counts`: of the checkpoint's parameters. Collective.
   virtual nlohmann::json measure(driver::StageContext& context, const io::Checkpoint& checkpoint,
                                  const model::Architecture& architecture,
                                  const model::TensorCounts& counts) const = 0;

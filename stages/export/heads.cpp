@@ -14,9 +14,16 @@ namespace fs = std::filesystem;
 using model::Architecture;
 using model::BlockHeads;
 
+/// LlamaConfig takes no heads that do not divide the hidden size, although it has head_dim; those
+/// of Mistral, Qwen and Gemma do.
+bool config_takes(const Architecture& a, int64_t queries) {
+  return a.model_type != "llama" || a.hidden % queries == 0;
+}
+
 bool config_can_say(const Architecture& a) {
   if (!a.states_head_size) return false;
   const BlockHeads first = a.heads_of(0);
+  if (!config_takes(a, first.queries())) return false;
   for (int64_t block = 0; block < a.blocks; ++block) {
     const BlockHeads heads = a.heads_of(block);
     if (!heads.shared_evenly() || heads.queries() != first.queries() ||
@@ -78,8 +85,8 @@ HeadsExport export_heads(const driver::StageContext& context, const io::Checkpoi
   result.sentence = fmt::format(
       "{} are zeros in the export: {}, so their rows and columns are written in full shape", count,
       a.states_head_size
-          ? "the blocks do not keep equally many heads that share key/value heads "
-            "evenly, which config.json cannot say"
+          ? "config.json says heads that are as many in every block, share key/value heads evenly "
+            "and, in a llama, divide hidden_size"
           : fmt::format("config.json of {} cannot say that heads are missing", a.model_type));
   return result;
 }

@@ -16,7 +16,8 @@ struct HeadsExport {
 };
 
 /// Where config.json can say it, the heads stay absent: families that state head_dim, every block
-/// with as many query and key/value heads, shared evenly. Elsewhere their rows and columns come
+/// with as many query and key/value heads, shared evenly, in numbers that the family's class in
+/// `transformers` takes. Elsewhere their rows and columns come
 /// back as zeros, which gives the same outputs: written below the stage's state, one block in
 /// memory at a time, blocks dealt over ranks. Collective.
 HeadsExport export_heads(const driver::StageContext& context, const io::Checkpoint& model);

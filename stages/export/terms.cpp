@@ -10,6 +10,7 @@
 #include "pipeline/io/safetensors.h"
 #include "pipeline/model/added_terms.h"
 #include "pipeline/model/architecture.h"
+#include "pipeline/model/sequence_head.h"
 
 namespace espalier::exporting {
 namespace {
@@ -24,24 +25,41 @@ std::map<std::string, model::AddedTerms> all_terms(const io::Checkpoint& checkpo
   return all;
 }
 
-/// "model.layers.0.self_attn.q_proj" of its weight's name.
-std::string module_of(const std::string& matrix) {
-  return matrix.substr(0, matrix.rfind(".weight"));
+/// The class that `transformers` makes of the export.
+struct LoadedClass {
+  std::string body;  ///< what it puts before the names of a checkpoint of the body alone: "bert."
+  bool causal;       ///< predicts tokens; otherwise it has a head for sequences, or none
+
+  /// "model.layers.0.self_attn.q_proj" of its weight's name.
+  std::string module(const std::string& matrix) const {
+    return body + matrix.substr(0, matrix.rfind(".weight"));
+  }
+};
+
+LoadedClass loaded_class(const io::Checkpoint& checkpoint) {
+  static const std::map<std::string, std::string> bodies = {
+      {"bert", "bert."},        {"roberta", "roberta."}, {"deberta-v2", "deberta."},
+      {"gpt2", "transformer."}, {"opt", "model."},       {"gpt_neox", "gpt_neox."}};
+  const model::Architecture a = model::read_architecture(checkpoint);
+  const bool decoder = a.task == model::Task::causal;
+  const bool with_head = model::labels_of_head(checkpoint, a).has_value();
+  const auto found = bodies.find(a.model_type);
+  const bool alone = found != bodies.end() && !a.block_prefix.starts_with(found->second);
+  return {alone && (decoder || with_head) ? found->second : "", decoder && !with_head};
 }
 
-json peft_config(const io::Checkpoint& checkpoint,
-                 const std::map<std::string, model::AddedTerms>& all) {
+json peft_config(const LoadedClass& loaded, const std::map<std::string, model::AddedTerms>& all) {
   json modules = json::array(), ranks = json::object();
   int64_t largest = 0;
   for (const auto& [matrix, terms] : all) {
-    modules.push_back(module_of(matrix));
-    ranks[module_of(matrix)] = terms.down.size(0);
+    modules.push_back(loaded.module(matrix));
+    ranks[loaded.module(matrix)] = terms.down.size(0);
     largest = std::max(largest, terms.down.size(0));
   }
-  const model::Architecture architecture = model::read_architecture(checkpoint);
-  const bool causal = architecture.task == model::Task::causal && !checkpoint.has("score.weight");
   return {{"peft_type", "LORA"},
-          {"task_type", causal ? "CAUSAL_LM" : "SEQ_CLS"},
+          // Of a task with a head peft asks for the head in the adapter's file: the dense model
+          // beside it has it.
+          {"task_type", loaded.causal ? json("CAUSAL_LM") : json(nullptr)},
           {"base_model_name_or_path", ".."},
           {"r", largest},
           {"lora_alpha", largest},
@@ -56,14 +74,15 @@ json peft_config(const io::Checkpoint& checkpoint,
 
 void write_peft(const io::Checkpoint& checkpoint, const std::filesystem::path& directory,
                 const std::map<std::string, model::AddedTerms>& all) {
+  const LoadedClass loaded = loaded_class(checkpoint);
   Tensors tensors;
   for (const auto& [matrix, terms] : all) {
-    const std::string stem = "base_model.model." + module_of(matrix);
+    const std::string stem = "base_model.model." + loaded.module(matrix);
     tensors.emplace_back(stem + ".lora_A.weight", terms.down.contiguous());
     tensors.emplace_back(stem + ".lora_B.weight", (terms.up * terms.scale).contiguous());
   }
   io::write_safetensors(directory / "adapter_model.safetensors", tensors, {{"format", "pt"}});
-  io::write_file(directory / "adapter_config.json", peft_config(checkpoint, all).dump(2) + "\n");
+  io::write_file(directory / "adapter_config.json", peft_config(loaded, all).dump(2) + "\n");
 }
 
 void write_own(const std::filesystem::path& directory,

@@ -223,7 +223,8 @@ MergeReport write_model(const std::filesystem::path& directory, const io::Checkp
                             model::stored_tensors(model.architecture(), base, tensors));
   });
   if (group.is_root()) {
-    const NamedTensors tensors = writer.of_ends();
+    const NamedTensors tensors =
+        model::stored_tensors(model.architecture(), base, writer.of_ends());
     if (!tensors.empty()) io::write_safetensors(directory / "ends.safetensors", tensors);
   }
   MergeReport total;

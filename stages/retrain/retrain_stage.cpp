@@ -133,7 +133,8 @@ Sets RetrainStage::open_sets(const driver::RunContext& run, const model::Archite
   if (!validate.data) return sets;
   const data::TokenSet held = open_set(*validate.data, architecture, model);
   if (held.is_classification() != set.is_classification() ||
-      (held.is_classification() && held.classes() != set.classes()))
+      (held.is_classification() &&
+       (held.classes() != set.classes() || held.label_names() != set.label_names())))
     throw UserError(fmt::format("retrain.validate.data: {} is of another task than {}",
                                 held.path().string(), set.path().string()));
   sets.validation.emplace(data(held, {1.0, true}), validate.metric);
@@ -147,7 +148,8 @@ Selection RetrainStage::trained(const driver::RunContext& run, const io::Checkpo
   std::vector<std::string> head;
   if (data.labelled())
     for (const model::HeadTensor& tensor :
-         model::load_sequence_head(checkpoint, architecture, data.logits(), run.seed, true)
+         model::load_sequence_head(checkpoint, architecture, data.logits(), run.seed, true,
+                                   data.set().label_names())
              .tensors) {
       head.push_back(tensor.name);
       if (head_parameters != nullptr) *head_parameters += tensor.value.numel();
@@ -217,8 +219,9 @@ ModelOptions RetrainStage::model_options(const driver::StageContext& context,
                     start.stored ? start.stored->frozen() : std::map<std::string, at::Tensor>()};
   options.without_terms = options_.adapter_previous;
   if (!data.labelled()) return options;
-  options.head = model::load_sequence_head(checkpoint, architecture, data.logits(),
-                                           context.run.seed, /*replace=*/true);
+  options.head =
+      model::load_sequence_head(checkpoint, architecture, data.logits(), context.run.seed,
+                                /*replace=*/true, data.set().label_names());
   options.problem = data.problem();
   options.head_rate_factor =
       options_.head_learning_rate.value_or(options_.learning_rate) / options_.learning_rate;
@@ -386,6 +389,8 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
                    {options_.method, options_.settings, start.base_checksum});
   driver::StageResult result;
   result.model = context.directory / "model";
+  if (sets.train.labelled() && run.group.is_root())
+    model::write_label_names(result.model, sets.train.set().label_names());
   const MergeReport merged =
       write_model(result.model, checkpoint, model, options_.merge, *run.workers, run.group);
   say_merged(context, merged);

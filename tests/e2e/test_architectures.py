@@ -1,5 +1,6 @@
 """Every family is pruned, retrained, compressed and exported as a llama is, and transformers reloads what it left."""
 import copy
+import json
 import math
 import os
 import signal
@@ -28,6 +29,7 @@ DECODERS = {
     "opt": transformers.OPTConfig(**SIZES, ffn_dim=96, max_position_embeddings=256, word_embed_proj_dim=48,
                                   do_layer_norm_before=False),
     "gpt_neox": transformers.GPTNeoXConfig(**PLAIN),
+    "mistral": transformers.MistralConfig(**GATED, sliding_window=24),
     "qwen2": transformers.Qwen2Config(**GATED),
     "qwen3": transformers.Qwen3Config(**GATED, head_dim=16),
     "phi": transformers.PhiConfig(**PLAIN),
@@ -64,9 +66,9 @@ def outputs_as_rows(family, tensor):
 
 
 def write_model(family, directory, **changes):
-    config = copy.deepcopy({**DECODERS, **ENCODERS}[family])
+    config = copy.deepcopy({"llama": transformers.LlamaConfig(**GATED), **DECODERS, **ENCODERS}[family])
     config.update(changes)
-    load = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModel
+    load = transformers.AutoModel if family in ENCODERS else transformers.AutoModelForCausalLM
     model = load.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -150,7 +152,7 @@ def test_training_lowers_the_loss_and_the_zeros_stay(decoder):
 def test_masks_and_adapters_name_layers_not_tensors(decoder):
     family, _, run_dir = decoder
     masks = masks_of(run_dir)
-    assert len(masks) == 2 * (7 if family in ("qwen2", "qwen3", "gemma") else 6)
+    assert len(masks) == 2 * (7 if family in ("mistral", "qwen2", "qwen3", "gemma") else 6)
     pruned = load_file(stage_directory(run_dir, "export") / "model" / "model.safetensors")
     if family == "gpt2":
         zeros = pruned["transformer.h.1.attn.c_attn.weight"] == 0
@@ -215,6 +217,27 @@ def test_a_killed_run_takes_the_layers_out_of_the_fused_tensors_it_wrote(tmp_pat
     assert not (tmp_path / "run" / "01-prune" / "manifest.json").exists(), "give it more work"
     run_well(*settings(files, tmp_path / "run", **work))
     assert program.differences(program.results(tmp_path / "undisturbed"), program.results(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tied_head_that_is_stored_twice_stays_tied_and_counts_once(family, tmp_path):
+    """All tensors are trained; transformers ties what is equal and would take a stale copy for a head of its own."""
+    files = write_files(family, tmp_path, tie_word_embeddings=True)
+    file = files.model / "model.safetensors"
+    tensors = load_file(file)
+    name = "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+    buffers = {"transformer.h.0.attn.bias": torch.ones(1, 1, 256, 256)} if family == "gpt2" else {}
+    save_file({**tensors, "lm_head.weight": tensors[name].clone(), **buffers}, file, {"format": "pt"})
+    run_well(*settings(files, tmp_path / "run", pipeline="[retrain,evaluate,export,compress,export]", retrain="full",
+                       retrain__targets="null", retrain__steps=5, retrain__batch_size=8, model__dtype="float32"), ranks=2)
+    for number in range(2):
+        exported = stage_directory(tmp_path / "run", "export", number) / "model"
+        after = load_file(exported / "model.safetensors")
+        assert torch.equal(after[name], after["lm_head.weight"]) and not torch.equal(after[name], tensors[name])
+    first = stage_directory(tmp_path / "run", "export") / "model"
+    assert their_perplexity(first, text_tokens(500, 4)) == pytest.approx(program.perplexities(tmp_path / "run")[0], rel=1e-4)
+    said = json.loads((stage_directory(tmp_path / "run", "evaluate") / "metrics.json").read_text())["model"]
+    assert said["parameters"] == transformers.AutoModelForCausalLM.from_pretrained(first).num_parameters()
 
 
 def test_targets_that_a_family_has_not_are_refused_with_its_layers(tmp_path):

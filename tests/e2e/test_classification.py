@@ -10,9 +10,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn import metrics
 
@@ -46,10 +48,27 @@ MODELS = {
     "gpt2": lambda labels: transformers.GPT2ForSequenceClassification(transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96, pad_token_id=0, eos_token_id=2,
         num_labels=labels)),
+    "opt": lambda labels: transformers.OPTForSequenceClassification(transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+        max_position_embeddings=96, word_embed_proj_dim=24, do_layer_norm_before=False, pad_token_id=0, eos_token_id=2,
+        num_labels=labels)),
+    "gpt_neox": lambda labels: transformers.GPTNeoXForSequenceClassification(transformers.GPTNeoXConfig(
+        **SMALL, eos_token_id=2, num_labels=labels)),
+    "mistral": lambda labels: transformers.MistralForSequenceClassification(transformers.MistralConfig(
+        **DECODER, sliding_window=9, num_labels=labels)),
+    "qwen2": lambda labels: transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(
+        **DECODER, num_labels=labels)),
+    "qwen3": lambda labels: transformers.Qwen3ForSequenceClassification(transformers.Qwen3Config(
+        **DECODER, head_dim=8, num_labels=labels)),
+    "gemma": lambda labels: transformers.GemmaForSequenceClassification(transformers.GemmaConfig(
+        **DECODER, head_dim=8, num_labels=labels)),
+    "phi": lambda labels: transformers.PhiForSequenceClassification(transformers.PhiConfig(
+        **SMALL, eos_token_id=2, num_labels=labels)),
 }
 
 
-def write_labelled(file: Path, labels: np.ndarray, classes: int, task: str, seed: int = 0, types: bool = True) -> list:
+def write_labelled(file: Path, labels: np.ndarray, classes: int, task: str, seed: int = 0, types: bool = True,
+                   names: list[str] | None = None) -> list:
     """Random rows of 2 to 60 tokens, the later part of each of the second type. Returns (tokens, types)."""
     generator = np.random.default_rng(seed)
     rows = []
@@ -66,7 +85,7 @@ def write_labelled(file: Path, labels: np.ndarray, classes: int, task: str, seed
                           "vocabulary_size": np.int64(VOCABULARY), "end_token": np.int64(-1), "task": np.bytes_(task),
                           "classes": np.int64(classes)})
         if classes:
-            out.attrs["label_names"] = np.bytes_("\n".join(map(str, range(classes))))
+            out.attrs["label_names"] = np.bytes_("\n".join(names or map(str, range(classes))))
     return rows
 
 
@@ -168,6 +187,90 @@ def test_an_export_with_a_head_is_a_classification_model_to_transformers(name, t
     assert np.array_equal(plain_loop(loaded, rows, False), plain_loop(model, rows, False))
 
 
+ENTAILMENT = ["entailment", "neutral", "contradiction"]
+
+
+def change_config(model: Path, **changes) -> None:
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_classes_are_matched_by_name_where_both_sides_have_names(tmp_path):
+    """A model of MNLI with another order of classes, as such models are published."""
+    model = write_small("bert", 3, tmp_path / "model")
+    change_config(tmp_path / "model", id2label={"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"})
+    rows = write_labelled(tmp_path / "data.h5", np.arange(40) % 3, 3, "MNLI", names=ENTAILMENT)
+    run_well(*arguments(tmp_path / "model", tmp_path / "data.h5", tmp_path / "run"))
+    _, logits = measured(tmp_path / "run")
+    assert np.abs(logits - plain_loop(model, rows, True)[:, [2, 1, 0]]).max() < 1e-4
+    exported = json.loads((stage_directory(tmp_path / "run", "export") / "model/config.json").read_text())
+    assert exported["id2label"]["0"] == "CONTRADICTION"  # evaluating changes nothing
+    change_config(tmp_path / "model", id2label={"0": "joy", "1": "anger", "2": "fear"})
+    ended = run(*arguments(tmp_path / "model", tmp_path / "data.h5", tmp_path / "other"))
+    assert ended.code == 2 and "tells joy, anger, fear apart, the data entailment" in ended.errors, str(ended)
+    assert not (tmp_path / "other").exists()  # before anything runs
+
+
+def test_a_head_is_exported_with_the_names_of_the_set_it_was_trained_on(tmp_path):
+    write_small("bert", 2, tmp_path / "model")
+    change_config(tmp_path / "model", id2label={"0": "NEGATIVE", "1": "POSITIVE"}, architectures=None)
+    names = ["entailment", "not_entailment"]
+    rows = write_labelled(tmp_path / "data.h5", np.arange(40) % 2, 2, "RTE", names=names)
+    run_well(*arguments(tmp_path / "model", tmp_path / "data.h5", tmp_path / "run",
+                        "pipeline=[retrain,compress,evaluate,export]", "retrain=full", "retrain.targets=null",
+                        f"data.train={tmp_path / 'data.h5'}", "retrain.steps=2", "retrain.batch_size=8",
+                        "retrain.sequence_length=64", "compress.rank=4"), ranks=2)
+    exported = stage_directory(tmp_path / "run", "export") / "model"
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(exported, dtype=torch.float32).eval()
+    assert loaded.config.id2label == dict(enumerate(names))
+    _, logits = measured(tmp_path / "run")
+    assert np.abs(plain_loop(loaded, rows, True) - logits).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", [transformers.BertForTokenClassification, transformers.BertForMultipleChoice])
+def test_a_head_of_another_task_is_no_head_for_sequences(kind, tmp_path):
+    classes = 2 if kind is transformers.BertForTokenClassification else 1
+    randomized(kind(transformers.BertConfig(**SMALL, num_labels=classes))).save_pretrained(tmp_path / "model")
+    write_labelled(tmp_path / "data.h5", np.arange(40) % 2, 2, "RTE")
+    ended = run_well(*arguments(tmp_path / "model", tmp_path / "data.h5", tmp_path / "run"))
+    said, _ = measured(tmp_path / "run")
+    assert said["head"] == "drawn" and "classifier.weight" in ended.output
+    exported = stage_directory(tmp_path / "run", "export") / "model"
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == [kind.__name__] and "problem_type" not in config
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "llama", "gpt2"])
+def test_an_adapter_beside_a_model_with_a_head_is_loaded_by_peft(name, tmp_path):
+    """Trained on a checkpoint of the body alone, whose names lack what the class puts before them."""
+    model = randomized(MODELS[name](2))
+    (model.base_model if name != "llama" else transformers.LlamaForCausalLM(model.config)).save_pretrained(tmp_path / "model")
+    rows = write_labelled(tmp_path / "data.h5", np.arange(40) % 2, 2, "RTE", types=name == "bert")
+    targets = {"gpt2": "['mlp.c_proj']", "llama": "['q_proj']"}.get(name, "['query*']")
+    ended = run_well(*arguments(tmp_path / "model", tmp_path / "data.h5", tmp_path / "run",
+                                "pipeline=[retrain,evaluate,export]", "retrain=lora", "retrain.merge=beside",
+                                f"retrain.targets={targets}", f"data.train={tmp_path / 'data.h5'}", "retrain.steps=4",
+                                "retrain.learning_rate=0.05", "retrain.batch_size=4", "retrain.sequence_length=64"))
+    assert "as peft loads it" in ended.output
+    exported = stage_directory(tmp_path / "run", "export") / "model"
+    _, logits = measured(tmp_path / "run")
+    dense = transformers.AutoModelForSequenceClassification.from_pretrained(exported, dtype=torch.float32).eval()
+    alone = plain_loop(dense, rows, name == "bert")
+    adapted = peft.PeftModel.from_pretrained(dense, exported / "adapter").eval()
+    assert np.abs(alone - logits).max() > 1e-3
+    assert np.abs(plain_loop(adapted, rows, name == "bert") - logits).max() < 1e-4
+
+
+def test_buffers_and_positions_are_no_parameters(tmp_path):
+    model = write_small("bert", 2, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    save_file({**load_file(file), "bert.embeddings.position_ids": torch.arange(96)[None]}, file, {"format": "pt"})
+    write_labelled(tmp_path / "data.h5", np.arange(40) % 2, 2, "RTE")
+    run_well(*arguments(tmp_path / "model", tmp_path / "data.h5", tmp_path / "run", "pipeline=[evaluate]"))
+    said = json.loads((stage_directory(tmp_path / "run", "evaluate") / "metrics.json").read_text())["model"]
+    assert said["parameters"] == model.num_parameters()
+
+
 def test_the_same_bits_on_any_ranks_and_threads(tmp_path):
     write_small("bert", 2, tmp_path / "model")
     write_labelled(tmp_path / "data.h5", np.arange(400) % 2, 2, "MRPC")
@@ -198,6 +301,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_runs(tmp_path):
     write_labelled(tmp_path / "three.h5", np.arange(9) % 3, 3, "MNLI")
     ended = run(*arguments(tmp_path / "model", tmp_path / "three.h5", tmp_path / "run"))
     assert ended.code == 2 and "head has 2 labels, the data 3" in ended.errors, str(ended)
+    assert not (tmp_path / "run").exists()
 
 
 def test_minilm_on_rte_is_a_plain_loop_of_transformers_over_the_raw_file(tmp_path):

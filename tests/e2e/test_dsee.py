@@ -220,7 +220,7 @@ def test_the_model_without_heads_is_smaller_trains_on_and_is_exported_with_zeros
     positions = sum(value.size for value in hdf5_values(stage_directory(run_dir, "retrain"), "S"))
     stayed = sum(value.size for value in hdf5_values(stage_directory(run_dir, "prune"), "S"))
     # Of each block: rows and biases of q, k and v, columns of o, two rows of B by its rank.
-    removed = BLOCKS * (SIZE * (3 * (HIDDEN + 1) + HIDDEN) + 2 * SIZE * 4) + 2 * (positions - stayed)
+    removed = BLOCKS * (SIZE * (3 * (HIDDEN + 1) + HIDDEN) + 2 * SIZE * 4) + positions - stayed
     assert dense["parameters"] - pruned["parameters"] == removed == dense["parameters"] - again["parameters"]
     flops = [of["tasks"]["labels"] for of in figures]
     assert flops[1]["flops"] == flops[2]["flops"] < flops[0]["flops"]
@@ -393,7 +393,7 @@ def test_heads_of_a_llama_are_absent_from_its_export_where_the_config_can_say_so
     assert theirs == pytest.approx(perplexities(tmp_path / "run")[2], rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen2", "qwen3", "gemma", "phi"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "gemma", "phi"])
 def test_every_decoder_loses_heads_and_is_reloaded(family, tmp_path):
     """Fused, transposed and head-wise stored projections; 3 of 4 heads go by magnitude, which needs no adapter."""
     files = write_family(family, tmp_path / "files")
@@ -407,7 +407,20 @@ def test_every_decoder_loses_heads_and_is_reloaded(family, tmp_path):
     said = [metrics_of(tmp_path / "run", "evaluate", i) for i in range(2)]
     assert said[1]["model"]["parameters"] < said[0]["model"]["parameters"]
     config = json.loads((stage_directory(tmp_path / "run", "export") / "model" / "config.json").read_text())
-    assert (config.get("num_attention_heads") == 1) == (family in ("qwen2", "qwen3", "gemma"))
+    assert (config.get("num_attention_heads") == 1) == (family in ("mistral", "qwen2", "qwen3", "gemma"))
+
+
+@pytest.mark.parametrize("family,absent", [("llama", False), ("mistral", True)])
+def test_heads_stay_absent_only_in_a_number_that_the_familys_class_takes(family, absent, tmp_path):
+    """3 of 4 heads are left of a hidden size of 64: LlamaConfig refuses that, MistralConfig does not."""
+    files = write_family(family, tmp_path / "files", num_key_value_heads=4)
+    run_well(*settings(files, tmp_path / "run", pipeline="[prune,evaluate,export]", prune="dsee", prune__pattern="heads",
+                       prune__criterion="magnitude", model__dtype="float32"), "prune.heads=1")
+    exported = stage_directory(tmp_path / "run", "export") / "model"
+    assert transformers.AutoConfig.from_pretrained(exported).num_attention_heads == (3 if absent else 4)
+    with h5py.File(files.held_out) as data:
+        theirs = their_perplexity(exported, data["tokens"][()])
+    assert theirs == pytest.approx(perplexities(tmp_path / "run")[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["roberta", "deberta-v2", "deberta-v2 with projections of its own"])

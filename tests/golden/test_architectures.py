@@ -177,6 +177,74 @@ def test_configurations_of_older_transformers_read_the_same(name, old, tmp_path)
     assert torch.equal(ours(tmp_path / "model", tmp_path, tokens=tokens)["out"], new)
 
 
+def their_logits(directory, tokens):
+    made = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return made(tokens, attention_mask=torch.ones_like(tokens)).logits
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_head_stored_beside_a_tied_embedding_is_read_as_transformers_reads_it(name, equal, tmp_path):
+    """With the same values it is the embedding; with others it is a head of its own, whatever the flag says."""
+    made_from(name, tmp_path / "model", tie_word_embeddings=True)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    head = "embed_out.weight" if name == "gpt_neox" else "lm_head.weight"
+    embedding = next(tensor for key, tensor in tensors.items()
+                     if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")))
+    noise = 0.2 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(9))
+    save_file({**tensors, head: embedding.clone() if equal else noise}, file, {"format": "pt"})
+    tokens = random_tokens(1, 50, 10)
+    theirs = their_logits(tmp_path / "model", tokens)
+    assert (ours(tmp_path / "model", tmp_path, tokens=tokens)["out"] - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_theta_inside_rope_scaling_is_the_one_that_counts(both, tmp_path):
+    made_from("qwen2", tmp_path / "model")
+    table = dict(rope_type="linear", factor=2.0, rope_theta=500.0)
+    rewrite(tmp_path / "model", rope_scaling=table, rope_theta=10000.0, rope_parameters=table if both else None)
+    tokens = random_tokens(1, 50, 11)
+    theirs = their_logits(tmp_path / "model", tokens)
+    assert (ours(tmp_path / "model", tmp_path, tokens=tokens)["out"] - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_a_window_that_is_not_written_down_is_that_of_transformers_and_null_is_none(name, tmp_path):
+    """Beyond 4096 tokens, where it shows."""
+    kind = {"mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config}[name]
+    small = dict(GATED, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                 max_position_embeddings=8192)
+    if name == "qwen2":
+        small.update(use_sliding_window=True, max_window_layers=0)
+    made = randomized(transformers.AutoModelForCausalLM.from_config(kind(**small), dtype=torch.float32))
+    made.save_pretrained(tmp_path / "model")
+    tokens = random_tokens(1, 4200, 12)
+    for change in (dict(remove=["sliding_window"]), dict(sliding_window=None, remove=["layer_types"] * (name == "qwen2"))):
+        rewrite(tmp_path / "model", **change)
+        theirs = their_logits(tmp_path / "model", tokens)
+        assert (ours(tmp_path / "model", tmp_path, tokens=tokens)["out"] - theirs).abs().max() < 1e-4, change
+
+
+@pytest.mark.parametrize("kind", [transformers.BertConfig, transformers.DebertaV2Config])
+def test_norms_called_gamma_and_beta_are_read(kind, tmp_path):
+    """bert-base-uncased as it is published."""
+    values = DEBERTA | dict(norm_rel_ebd="layer_norm") if kind is transformers.DebertaV2Config else ENCODER
+    made = randomized(transformers.AutoModel.from_config(kind(**values), dtype=torch.float32))
+    made.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    renamed = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+               for name, tensor in load_file(file).items()}
+    assert sum(name.endswith("gamma") for name in renamed) >= 7
+    save_file(renamed, file, {"format": "pt"})
+    tokens = random_tokens(1, 50, 13)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = loaded(tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+    assert (ours(tmp_path / "model", tmp_path, tokens=tokens)["out"] - theirs).abs().max() < 1e-4
+
+
 def test_gpt2_without_the_prefix_reads_the_same(tmp_path):
     """The first GPT-2 files: no "transformer.", buffers beside the weights."""
     made_from("gpt2", tmp_path / "model")
@@ -202,6 +270,9 @@ def test_gpt2_without_the_prefix_reads_the_same(tmp_path):
     ("gpt_neox", dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.4)), "even number"),
     ("phi", dict(hidden_act="quick_gelu"), "quick_gelu"),
     ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ("qwen2", dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "rope_parameters and rope_scaling"),
+    ("qwen2", dict(rope_scaling=dict(rope_type="linear", factor=2.0, rope_theta=10000.0)),
+     "rope_parameters and rope_scaling"),
 ])
 def test_what_is_not_supported_is_refused_with_its_key(name, changes, words, tmp_path):
     made_from(name, tmp_path / "model", **changes)
