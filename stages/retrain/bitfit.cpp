@@ -1,6 +1,6 @@
-/// BitFit (arXiv 2106.10199): only biases are trained, those of linear layers and, with `norms`, of
-/// the norms. No matrix changes. A model without biases leaves nothing to train, which the
-/// selection of tensors refuses.
+/// BitFit (arXiv 2106.10199): only biases are trained, those of linear layers, of the output
+/// embedding and, with `norms`, of the norms. No matrix changes. A model without biases leaves
+/// nothing to train, which the selection of tensors refuses.
 
 #include "pipeline/errors.h"
 #include "stages/retrain/adapter.h"
@@ -14,6 +14,7 @@ class BitfitMethod : public AdapterMethod {
   explicit BitfitMethod(bool norms) : norms_(norms) {}
 
   void check(const std::string&, int64_t, int64_t) const override {}
+  nlohmann::json settings() const override { return {{"norms", norms_}}; }
   std::unique_ptr<Adapter> attach(std::vector<Target>, const AttachOptions&) const override {
     throw DefectError("bitfit adapts no matrix");
   }
