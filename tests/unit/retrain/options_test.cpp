@@ -101,7 +101,8 @@ TEST(RetrainOptions, SettingsAreTheValuesThatWereReadHoweverTheyAreWritten) {
   for (const std::string& method : adapter_names()) {
     // Every key of the settings is one that the method reads.
     const std::vector<std::string> keys = adapter_keys(method);
-    for (const auto& [key, value] : configured({"retrain=" + method})->settings().items())
+    const nlohmann::json settings = configured({"retrain=" + method})->settings();
+    for (const auto& [key, value] : settings.items())
       EXPECT_NE(std::find(keys.begin(), keys.end(), key), keys.end()) << method << " " << key;
   }
   const auto lora = [](std::vector<std::string> more) {
