@@ -127,8 +127,8 @@ def test_a_stored_adapter_is_applied_to_its_base_and_refused_on_another(files, v
 
 @pytest.mark.parametrize("method,more", [("lora_xs", []), ("vera", []), ("dsee", ["retrain.index_sets=random"])])
 def test_what_a_method_froze_is_stored_applied_to_its_base_and_refused_on_another(files, tmp_path, method, more):
-    changes = {"pipeline": "[prune,retrain,evaluate]", "prune": "magnitude", "retrain": method, "retrain__targets": "[q_proj,down_proj]",
-               "retrain__merge": "masked", "retrain__epochs": "null", "retrain__steps": 6, "retrain__adapter_rank": 4,
+    changes = {"pipeline": "[prune,retrain,evaluate]", "prune": "magnitude", "retrain": method,
+               "retrain__targets": "[q_proj,down_proj]", "retrain__merge": "masked", "retrain__epochs": "null", "retrain__steps": 6, "retrain__adapter_rank": 4,
                "retrain__learning_rate": 0.05, "retrain__warmup_steps": "null", "model__dtype": "float32"}
     run_well(*settings(files, tmp_path / "first", **changes), *more)
     adapters = tmp_path / "first" / "02-retrain" / "adapters.h5"
@@ -237,7 +237,8 @@ def test_going_on_passes_over_a_second_adapter_that_was_merged(files, tmp_path):
              *later("second", "steps=3", "merge=dense"), *later("third", "steps=0", "adapter=previous", "merge=beside"))
     first, second = perplexities(run_dir)
     assert second == first
-    with h5py.File(run_dir / "02-retrain" / "adapters.h5") as one, h5py.File(run_dir / "05-third" / "adapters.h5") as other:
+    stages = [run_dir / stage / "adapters.h5" for stage in ("02-retrain", "05-third")]
+    with h5py.File(stages[0]) as one, h5py.File(stages[1]) as other:
         name = "model.layers.0.self_attn.q_proj.weight/B"
         assert np.array_equal(one[name][()], other[name][()])
 
