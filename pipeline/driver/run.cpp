@@ -339,7 +339,11 @@ struct Prepared {
                 start_of_chain(shared)} {
     group.require_same("model", running.chain);
     running.model_keys["start"] = running.chain;
-    for (const auto& entry : entries) entry.stage->check(running.run, shared.model);
+    RunContext checked = running.run;
+    for (const auto& entry : entries) {
+      entry.stage->check(checked, shared.model);
+      checked.earlier.push_back({entry.kind, json::parse(entry.canonical)});
+    }
     take_token_sets(running);
   }
 };

@@ -18,6 +18,12 @@
 
 namespace espalier::driver {
 
+/// An entry of the pipeline that comes before another.
+struct EarlierEntry {
+  std::string kind;         ///< "retrain"
+  nlohmann::json settings;  ///< its resolved keys
+};
+
 /// What every stage of a run shares.
 struct RunContext {
   comm::Communicator group;
@@ -27,6 +33,8 @@ struct RunContext {
   at::ScalarType dtype;  ///< model.dtype: products, and weights between stages
   std::filesystem::path calibration_data, train_data;  ///< empty when unset
   int64_t memory_bytes = 0;                            ///< of this rank; 0: no limit was set
+  /// For Stage::check alone: what comes before its entry.
+  std::vector<EarlierEntry> earlier = {};
 };
 
 struct StageContext {

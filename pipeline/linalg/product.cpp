@@ -70,21 +70,25 @@ at::Tensor forward_linear(const at::Tensor& x, const at::Tensor& weight,
   return y;
 }
 
-struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
+struct Linear : torch::autograd::Function<Linear> {
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-    context->save_for_backward({weight});
+    // Of a frozen weight the inputs need not stay in memory.
+    context->save_for_backward(weight.requires_grad() ? torch::autograd::variable_list{weight, x}
+                                                      : torch::autograd::variable_list{weight});
     context->saved_data["has_bias"] = bias.has_value();  // an absent one is no input
     return forward_linear(x, weight, bias);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list gradients) {
-    const at::Tensor weight = context->get_saved_variables()[0], &dy = gradients[0];
-    at::Tensor dx, dbias;
+    const auto saved = context->get_saved_variables();
+    const at::Tensor &weight = saved[0], &dy = gradients[0];
+    at::Tensor dx, dweight, dbias;
     if (context->needs_input_grad(0)) dx = product(dy, weight, dy.scalar_type());
+    if (context->needs_input_grad(1)) dweight = product(dy.t(), saved[1], weight.scalar_type());
     if (context->saved_data["has_bias"].toBool() && context->needs_input_grad(2))
       dbias = at::sum(dy, {0}, false, at::kFloat).to(dy.scalar_type());
-    return {dx, {}, dbias};
+    return {dx, dweight, dbias};
   }
 };
 
@@ -118,8 +122,8 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType out_
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias) {
-  if (x.requires_grad() || (bias && bias->requires_grad()))
-    return FrozenLinear::apply(x, weight, bias);
+  if (x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad()))
+    return Linear::apply(x, weight, bias);
   return forward_linear(x, weight, bias);
 }
 

@@ -261,10 +261,7 @@ BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& a,
   block.query_norm = load_norm(checkpoint, a.query_norm, prefix, dtype, device);
   block.key_norm = load_norm(checkpoint, a.key_norm, prefix, dtype, device);
   if (!a.relative) return block;
-  block.relative_positions = load_tensor(checkpoint, a.relative->embedding, dtype, device);
-  if (a.relative->norm.present())
-    block.relative_positions = apply_norm(
-        a, load_norm(checkpoint, a.relative->norm, "", dtype, device), block.relative_positions);
+  block.relative_positions = relative_positions(a, load_relative(checkpoint, a, dtype, device));
   block.relative_key = load_norm(checkpoint, a.relative->key, prefix, dtype, device);
   block.relative_query = load_norm(checkpoint, a.relative->query, prefix, dtype, device);
   return block;
@@ -341,6 +338,18 @@ at::Tensor block_forward(const Architecture& a, const BlockWeights& block,
   const at::Tensor middle = apply_norm(a, block.attention_norm, x + attended);
   const at::Tensor fed = feed_forward(a, block, middle, linear);
   return fed.defined() ? apply_norm(a, block.feed_forward_norm, middle + fed) : fed;
+}
+
+RelativeEmbeddings load_relative(const io::Checkpoint& checkpoint, const Architecture& a,
+                                 at::ScalarType dtype, const at::Device& device) {
+  if (!a.relative) return {};
+  return {load_tensor(checkpoint, a.relative->embedding, dtype, device),
+          load_norm(checkpoint, a.relative->norm, "", dtype, device)};
+}
+
+at::Tensor relative_positions(const Architecture& a, const RelativeEmbeddings& embeddings) {
+  const NormWeights& norm = embeddings.norm;
+  return norm.weight.defined() ? apply_norm(a, norm, embeddings.weight) : embeddings.weight;
 }
 
 Ends load_ends(const io::Checkpoint& checkpoint, const Architecture& a, at::ScalarType dtype,

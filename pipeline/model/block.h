@@ -73,6 +73,17 @@ at::Tensor block_forward(const Architecture& architecture, const BlockWeights& b
 at::Tensor apply_norm(const Architecture& architecture, const NormWeights& norm,
                       const at::Tensor& x);
 
+/// DeBERTa's embeddings of distances as they are stored, [2 * span, hidden], and their norm.
+struct RelativeEmbeddings {
+  at::Tensor weight;
+  NormWeights norm;
+};
+RelativeEmbeddings load_relative(const io::Checkpoint& checkpoint, const Architecture& architecture,
+                                 at::ScalarType dtype, const at::Device& device = at::kCPU);
+/// What every block reads as its relative_positions. Differentiable in all of them.
+at::Tensor relative_positions(const Architecture& architecture,
+                              const RelativeEmbeddings& embeddings);
+
 /// What stands before the first block and behind the last one; undefined where there is none.
 struct Ends {
   at::Tensor token_embedding, position_embedding, type_embedding;

@@ -8,9 +8,12 @@
 #include "pipeline/errors.h"
 #include "pipeline/io/hdf5.h"
 #include "pipeline/io/safetensors_dtype.h"
+#include "pipeline/model/added_terms.h"
 
 namespace espalier::train {
 namespace {
+
+constexpr const char* kTermMark = ".added.";  // "M.added.down": pipeline/model/added_terms.h
 
 std::string type_name(at::ScalarType type) {
   for (const io::DtypeName& known : io::kDtypeNames)
@@ -35,6 +38,19 @@ void for_each_dataset(const io::Hdf5Reader& reader, const std::string& group,
     else
       for_each_dataset(reader, path, take, depth + 1);
   }
+}
+
+/// Whether a file of this directory alone holds the terms of one of the matrices.
+bool writes_terms(const std::filesystem::path& directory,
+                  const std::vector<std::string>& matrices) {
+  if (!std::filesystem::is_directory(directory)) return false;
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+    if (entry.path().extension() != ".safetensors") continue;
+    const io::SafetensorsFile file(entry.path());
+    for (const std::string& matrix : matrices)
+      if (file.tensors().contains(matrix + kTermMark + "down")) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -65,6 +81,31 @@ void write_adapters_h5(const std::filesystem::path& file, const AdaptersFile& co
   writer.attribute("/", "settings", content.identity.settings);
   writer.attribute("/", "base_checksum", content.identity.base_checksum);
   writer.commit();
+}
+
+std::set<std::string> matrices_of(const AdaptersFile& content) {
+  std::set<std::string> matrices;
+  for (const auto& [path, value] : content.tensors)
+    if (!path.starts_with(kFrozenGroup) && !path.starts_with(kHeadGroup))
+      matrices.insert(path.substr(1, path.rfind('/') - 1));
+  return matrices;
+}
+
+io::Checkpoint without_terms(const io::Checkpoint& model, const std::set<std::string>& matrices) {
+  return model.without([&](const std::string& name) {
+    return model::is_term(name) && matrices.contains(name.substr(0, name.rfind(kTermMark)));
+  });
+}
+
+std::filesystem::path adapters_beside(const io::Checkpoint& model) {
+  const std::vector<std::string> matrices = model::matrices_with_terms(model);
+  if (matrices.empty()) return {};
+  for (const std::filesystem::path& directory : model.chain()) {
+    if (!writes_terms(directory, matrices)) continue;
+    const std::filesystem::path file = directory.parent_path() / "adapters.h5";
+    return std::filesystem::exists(file) ? file : std::filesystem::path();
+  }
+  return {};
 }
 
 }  // namespace espalier::train

@@ -8,9 +8,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <filesystem>
+#include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
+
+#include "pipeline/io/checkpoint.h"
 
 namespace espalier::train {
 
@@ -28,5 +32,16 @@ struct AdaptersFile {
 /// Reads the file whole; it is hostile. Throws UserError naming file and data set.
 AdaptersFile read_adapters_h5(const std::filesystem::path& file);
 void write_adapters_h5(const std::filesystem::path& file, const AdaptersFile& content);
+
+/// Where a path begins that is no parameter of a matrix: what the method needs beside them, a head.
+inline constexpr std::string_view kFrozenGroup = "/frozen/", kHeadGroup = "/head/";
+
+/// The matrices and other tensors that the parameters belong to: "/M/part" is of M.
+std::set<std::string> matrices_of(const AdaptersFile& content);
+/// The model less what stands beside these matrices: what an adapter of them stands on.
+io::Checkpoint without_terms(const io::Checkpoint& model, const std::set<std::string>& matrices);
+/// adapters.h5 of the stage that wrote what stands beside the model's matrices, of the nearest
+/// where several did. Empty when nothing stands beside any, or that stage left none.
+std::filesystem::path adapters_beside(const io::Checkpoint& model);
 
 }  // namespace espalier::train

@@ -66,6 +66,7 @@ LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const 
   at::Tensor row_gradient, logits_gradient;
   if (with_gradient) row_gradient = at::empty_like(rows);
   if (with_head_gradient) sum.head_gradient = at::zeros(head.sizes(), at::kFloat);
+  if (with_gradient && bias.defined()) sum.bias_gradient = at::zeros({vocabulary}, at::kFloat);
   if (with_gradient && narrow)
     logits_gradient = at::empty({std::min(kChunk, sum.counted), vocabulary}, rows.options());
 
@@ -89,6 +90,8 @@ LossSum loss_sum(const at::Tensor& hidden_states, const at::Tensor& head, const 
     if (with_head_gradient)
       sum.head_gradient.add_(
           linalg::product(of_logits.t(), rows.narrow(0, first, count), at::kFloat));
+    if (sum.bias_gradient.defined())
+      sum.bias_gradient.add_(at::sum(of_logits, {0}, false, at::kFloat));
   });
 
   if (with_gradient) {

@@ -14,6 +14,7 @@ struct LossSum {
   int64_t counted = 0;  ///< labels that are not data::kIgnored
   at::Tensor gradient;  ///< d loss / d hidden_states, in their type; undefined when not asked for
   at::Tensor head_gradient;  ///< float32 d loss / d head; undefined when not asked for
+  at::Tensor bias_gradient;  ///< float32 d loss / d bias; with `gradient`, where there is a bias
 };
 
 /// hidden_states  [tokens, hidden]      float32 or bfloat16, after the final norm

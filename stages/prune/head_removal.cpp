@@ -2,10 +2,12 @@
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <string_view>
 
 #include "pipeline/driver/spread.h"
 #include "pipeline/driver/units.h"
@@ -60,14 +62,20 @@ void remove_of_block(const driver::StageContext& context, const PruningMethod& m
   io::write_file(state_file(context, block), decided.dump());  // last: its presence says "done"
 }
 
-/// The adapters.h5 of the stage that left what stands beside the model, where there is one.
+/// The adapter whose terms stand beside the model, where there is one. Throws UserError where what
+/// it is made of cannot follow the heads.
 std::optional<train::AdaptersFile> adapter_beside(const io::Checkpoint& checkpoint) {
-  if (model::matrices_with_terms(checkpoint).empty()) return std::nullopt;
-  for (const fs::path& directory : checkpoint.chain()) {
-    const fs::path file = directory.parent_path() / "adapters.h5";
-    if (fs::exists(file)) return train::read_adapters_h5(file);
-  }
-  return std::nullopt;
+  const fs::path file = train::adapters_beside(checkpoint);
+  if (file.empty()) return std::nullopt;
+  train::AdaptersFile adapter = train::read_adapters_h5(file);
+  const std::vector<std::string> able = {"lora", "dsee", "lora_xs"};
+  if (std::find(able.begin(), able.end(), adapter.identity.method) == able.end())
+    throw UserError(fmt::format(
+        "prune.pattern: heads, but {} stands beside the matrices ({}), and an adapter without the "
+        "heads' rows is no {} any more; {} can lose them, and so can a model into which the "
+        "adapter was merged (retrain.merge: dense)",
+        adapter.identity.method, file.string(), adapter.identity.method, fmt::join(able, ", ")));
+  return adapter;
 }
 
 /// The layer's slices by the names of their weights.
@@ -81,24 +89,29 @@ std::map<std::string, model::HeadSlice> all_slices(const Architecture& a,
   return slices;
 }
 
-/// B and S without what left; the parameters of lora and dsee (stages/retrain).
+/// Of a parameter or frozen tensor "MATRIX/part" the matrix and the part.
+std::pair<std::string, std::string> parts_of(std::string_view path) {
+  path.remove_prefix(path.starts_with(train::kFrozenGroup) ? train::kFrozenGroup.size() : 1);
+  const size_t slash = path.rfind('/');
+  if (slash == std::string_view::npos) return {"", std::string(path)};
+  return {std::string(path.substr(0, slash)), std::string(path.substr(slash + 1))};
+}
+
+/// Without what left: rows of B and of lora_xs' `up`, columns of A and of its `down`, entries of S
+/// (stages/retrain/lora.cpp, dsee.cpp, lora_xs.cpp).
 train::AdaptersFile sliced_adapter(const train::AdaptersFile& adapter,
                                    const std::map<std::string, model::HeadSlice>& slices) {
-  constexpr const char* kFrozen = "/frozen/";
   std::map<std::string, at::Tensor> positions;  // by matrix
   for (const auto& [path, value] : adapter.tensors)
-    if (path.starts_with(kFrozen) && path.ends_with("/positions"))
-      positions[path.substr(8, path.size() - 8 - 10)] = value;
+    if (const auto [matrix, part] = parts_of(path); part == "positions") positions[matrix] = value;
   train::AdaptersFile sliced{adapter.identity, {}};
   for (const auto& [path, value] : adapter.tensors) {
-    const std::string full = path.starts_with(kFrozen) ? path.substr(8) : path.substr(1);
-    const size_t slash = full.rfind('/');
-    const std::string matrix = full.substr(0, slash), part = full.substr(slash + 1);
+    const auto [matrix, part] = parts_of(path);
     const auto slice = slices.find(matrix);
     at::Tensor left = value;
     if (slice != slices.end() && slice->second.touches()) {
-      if (part == "A") left = take_columns(slice->second, value);
-      if (part == "B") left = take_rows(slice->second, value);
+      if (part == "A" || part == "down") left = take_columns(slice->second, value);
+      if (part == "B" || part == "up") left = take_rows(slice->second, value);
       if (part == "positions") left = model::take_positions(slice->second, value).second;
       if (part == "S")
         left =
@@ -129,6 +142,7 @@ json remove_heads(driver::StageContext& context, const PruningMethod& method,
                   int64_t count) {
   const driver::RunContext& run = context.run;
   require_heads(architecture, count);
+  const std::optional<train::AdaptersFile> adapter = adapter_beside(checkpoint);
   std::vector<int64_t> done;
   for (int64_t block = 0; block < architecture.blocks; ++block)
     done.push_back(run.group.is_root() && fs::exists(state_file(context, block)) &&
@@ -156,10 +170,13 @@ json remove_heads(driver::StageContext& context, const PruningMethod& method,
     model::write_kept_heads(directory, smaller.kept_heads);
   }
   driver::write_derived(directory, checkpoint, run.group);
-  const std::string base =
-      driver::tensors_checksum(io::Checkpoint::open(directory).without(model::is_term), run.group);
+  std::string base;
+  if (adapter)
+    base = driver::tensors_checksum(
+        train::without_terms(io::Checkpoint::open(directory), train::matrices_of(*adapter)),
+        run.group);
   if (!run.group.is_root()) return {};
-  if (auto adapter = adapter_beside(checkpoint)) {
+  if (adapter) {
     train::AdaptersFile sliced = sliced_adapter(*adapter, all_slices(architecture, smaller));
     sliced.identity.base_checksum = base;
     train::write_adapters_h5(context.directory / "adapters.h5", sliced);

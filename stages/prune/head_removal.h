@@ -5,8 +5,8 @@
 ///                                  without them, and what stands beside these matrices; in the
 ///                                  types they had
 ///   model/heads.json               which heads stay (pipeline/model/heads.h)
-///   adapters.h5                    the adapter beside the model, where it has one of low-rank
-///                                  products and sparse entries: B and S without what left, A whole
+///   adapters.h5                    the adapter beside the model, where it has one (lora, dsee,
+///                                  lora_xs; of another the pruning is refused): without what left
 ///   state/heads-00007.json         what was decided; it says that the block is done
 
 #include <nlohmann/json.hpp>

@@ -62,6 +62,7 @@ struct AdaptedModel::Pass {
   model::UnitShape shape;
   model::RotaryTable rotary;
   UnitKey key;
+  at::Tensor relative;                      // DeBERTa's, where they are trained: of all blocks
   std::vector<at::Tensor> inputs, outputs;  // by block; an output is kept with its graph
 };
 
@@ -71,6 +72,7 @@ AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
     : architecture_(architecture),
       dtype_(dtype),
       ends_(model::load_ends(checkpoint, architecture, dtype)),
+      relative_(model::load_relative(checkpoint, architecture, dtype)),
       target_of_(architecture.blocks),
       sites_of_(architecture.blocks),
       head_(options.head),
@@ -92,8 +94,8 @@ AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
     target_of_[matrix.block][role] = static_cast<int64_t>(targets_.size());
     if (options.without_terms) block.added[role].reset();
     targets_.push_back({architecture.weight_name(matrix.block, matrix.linear), matrix.block,
-                        block.weight[role], block.bias[role],
-                        masked ? mask_of(block.weight[role]) : at::Tensor()});
+                        block.weight[role], masked ? mask_of(block.weight[role]) : at::Tensor(),
+                        role});
     first_trained_ = std::min(first_trained_, matrix.block);
   }
   sites_ = std::move(selection.sites);
@@ -103,6 +105,9 @@ AdaptedModel::AdaptedModel(const io::Checkpoint& checkpoint,
     if (sites_[s].in_block) {
       sites_of_[site.block].push_back(index);
       first_trained_ = std::min(first_trained_, site.block);
+    } else if (sites_[s].in_relative) {
+      relative_sites_.push_back(index);
+      first_trained_ = 0;
     } else {
       (site.block < 0 ? front_sites_ : behind_sites_).push_back(index);
     }
@@ -120,8 +125,9 @@ std::unique_ptr<train::ParameterSet> AdaptedModel::make_parameters(uint64_t seed
   std::vector<train::Parameter> all = adapter_->initial_parameters(seed);
   first_site_ = static_cast<int64_t>(all.size());
   for (const PlacedSite& placed : sites_) {
-    at::Tensor& frozen =
-        placed.in_block ? placed.in_block(blocks_[placed.site.block]) : placed.in_ends(ends_);
+    at::Tensor& frozen = placed.in_block      ? placed.in_block(blocks_[placed.site.block])
+                         : placed.in_relative ? placed.in_relative(relative_)
+                                              : placed.in_ends(ends_);
     all.push_back({placed.site.name + "/value", frozen.to(at::kFloat), 1.0});
   }
   if (head_)
@@ -174,24 +180,38 @@ model::Ends AdaptedModel::current_ends(bool with_graph) const {
   return ends;
 }
 
+at::Tensor AdaptedModel::trained_relative(bool with_graph) const {
+  if (relative_sites_.empty()) return {};
+  const at::AutoGradMode grad_mode(with_graph);
+  model::RelativeEmbeddings embeddings = relative_;
+  for (const int64_t s : relative_sites_) {
+    const at::Tensor& value = parameter_values_[first_site_ + s];
+    sites_[s].in_relative(embeddings) = (with_graph ? value : value.detach()).to(dtype_);
+  }
+  return model::relative_positions(architecture_, embeddings);
+}
+
 at::Tensor AdaptedModel::forward_block(int64_t block, const at::Tensor& hidden_states,
                                        const Pass& pass) const {
+  const at::Tensor& relative =
+      pass.relative.defined() ? pass.relative : blocks_[block].relative_positions;
   const auto hook = [&](const model::Linear& linear, const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias) {
     const int64_t target = target_of_[block][linear.role];
     if (target < 0) return linalg::linear(x, weight, bias);
     UnitKey key = pass.key;
     // DeBERTa sends its relative positions through q and k too: they are no tokens of the unit.
-    if (x.is_same(blocks_[block].relative_positions)) {
+    if (x.is_same(relative)) {
       key.evaluating = true;
       key.counted = 0;
     }
     return adapter_->apply(target, x, bias, key);
   };
-  if (sites_of_[block].empty())
+  if (sites_of_[block].empty() && !pass.relative.defined())
     return model::block_forward(architecture_, blocks_[block], hidden_states, pass.shape,
                                 pass.rotary, hook);
   model::BlockWeights weights = blocks_[block];
+  weights.relative_positions = relative;
   for (const int64_t s : sites_of_[block])
     sites_[s].in_block(weights) = parameter_values_[first_site_ + s].to(dtype_);
   return model::block_forward(architecture_, weights, hidden_states, pass.shape, pass.rotary, hook);
@@ -221,6 +241,8 @@ at::Tensor AdaptedModel::backward_head(const at::Tensor& hidden_states, const Un
     if (sites_[s].site.kind == Site::Kind::head) {
       sink(parameter, sum.head_gradient);
       own_head = true;
+    } else if (sites_[s].site.name == architecture_.head_bias) {
+      sink(parameter, sum.bias_gradient);
     } else {
       wanted.push_back(parameter_values_[parameter]);
       parameters.push_back(parameter);
@@ -251,8 +273,7 @@ at::Tensor AdaptedModel::backward_sequence_head(const at::Tensor& hidden_states,
   loss = sequence_loss_of(value.detach(), batch);
   std::vector<at::Tensor> wanted = {input};
   std::vector<int64_t> parameters;
-  for (const int64_t s : behind_sites_)  // an output embedding takes no part
-    if (sites_[s].site.kind != Site::Kind::head) parameters.push_back(first_site_ + s);
+  for (const int64_t s : behind_sites_) parameters.push_back(first_site_ + s);
   for (size_t h = 0; h < head_->tensors.size(); ++h)
     parameters.push_back(first_head_parameter() + static_cast<int64_t>(h));
   for (const int64_t p : parameters) wanted.push_back(parameter_values_[p]);
@@ -279,6 +300,15 @@ void AdaptedModel::backward_embedding(const at::Tensor& embedded, const at::Tens
     if (gradients[i].defined())
       sink(first_site_ + s, tied ? gradients[i] + tied_gradient : gradients[i]);
   }
+}
+
+void AdaptedModel::backward_relative(const at::Tensor& relative, const at::Tensor& gradient,
+                                     const train::GradientSink& sink) const {
+  std::vector<at::Tensor> wanted;
+  for (const int64_t s : relative_sites_) wanted.push_back(parameter_values_[first_site_ + s]);
+  const std::vector<at::Tensor> gradients = grad({relative}, wanted, {gradient.to(dtype_)});
+  for (size_t i = 0; i < relative_sites_.size(); ++i)
+    sink(first_site_ + relative_sites_[i], gradients[i]);
 }
 
 void AdaptedModel::fail_not_finite(const Pass& pass, const at::Tensor& last, double loss) const {
@@ -315,6 +345,13 @@ train::UnitLoss AdaptedModel::loss_and_gradients(const UnitBatch& batch, const U
     embedded =
         model::embed(architecture_, current_ends(front), batch.tokens.reshape({-1}), pass.shape);
   }
+  // The blocks' gradients of what they all read are summed before they go further.
+  const at::Tensor relative = trained_relative(true);
+  at::Tensor relative_gradient;
+  if (relative.defined()) {
+    pass.relative = relative.detach().set_requires_grad(true);
+    relative_gradient = at::zeros(relative.sizes(), at::kFloat);
+  }
   at::Tensor hidden_states = embedded.detach();
   for (int64_t b = 0; b < blocks; ++b) {
     // The graph of the last block is used at once: keeping it costs no more than making it anew.
@@ -342,21 +379,26 @@ train::UnitLoss AdaptedModel::loss_and_gradients(const UnitBatch& batch, const U
     std::vector<at::Tensor> wanted;
     for (const int64_t p : parameters_of_[b]) wanted.push_back(parameter_values_[p]);
     const bool onwards = b > first || front;
+    if (pass.relative.defined()) wanted.push_back(pass.relative);
     if (onwards) wanted.push_back(pass.inputs[b]);
     const std::vector<at::Tensor> gradients =
         grad({output}, wanted, {gradient}, std::nullopt, false, true);
     for (size_t i = 0; i < parameters_of_[b].size(); ++i)
       if (gradients[i].defined()) sink(parameters_of_[b][i], gradients[i]);
+    if (relative.defined() && gradients[parameters_of_[b].size()].defined())
+      relative_gradient.add_(gradients[parameters_of_[b].size()]);
     if (onwards) gradient = gradients.back();
     pass.inputs[b].reset();
   }
   if (front) backward_embedding(embedded, gradient, tied_gradient, sink);
+  if (relative.defined()) backward_relative(relative, relative_gradient, sink);
   return loss;
 }
 
 at::Tensor AdaptedModel::hidden_states(const UnitBatch& batch, const UnitKey& key) const {
   const at::NoGradGuard no_grad;
-  const Pass pass = make_pass(batch, key);
+  Pass pass = make_pass(batch, key);
+  pass.relative = trained_relative(false);
   const model::Ends ends = current_ends(false);
   at::Tensor hidden_states =
       model::embed(architecture_, ends, batch.tokens.reshape({-1}), pass.shape);
@@ -369,8 +411,9 @@ AdaptedModel::Evaluation AdaptedModel::evaluate(const UnitBatch& batch, const Un
   const at::NoGradGuard no_grad;
   const at::Tensor last = hidden_states(batch, key);
   if (!head_) {
-    const train::LossSum sum = train::loss_sum(last, output_embedding(), batch.labels.reshape({-1}),
-                                               false, false, ends_.head_bias);
+    const model::Ends ends = current_ends(false);
+    const train::LossSum sum =
+        train::loss_sum(last, ends.head, batch.labels.reshape({-1}), false, false, ends.head_bias);
     return {{sum.loss, sum.counted, batch.tokens.numel()}, {}};
   }
   const at::Tensor logits =

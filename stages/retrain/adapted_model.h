@@ -95,8 +95,8 @@ class AdaptedModel {
     at::Tensor logits;  ///< float32 [sequences, labels] of a head; otherwise undefined
   };
   Evaluation evaluate(const UnitBatch& batch, const UnitKey& key) const;
-  /// The output embedding in use, [vocabulary, hidden].
-  at::Tensor output_embedding() const { return current_ends(false).head; }
+  /// What stands around the blocks, as it is trained now, in the model's type.
+  model::Ends ends() const { return current_ends(false); }
 
  private:
   struct Pass;
@@ -110,20 +110,26 @@ class AdaptedModel {
   at::Tensor backward_sequence_head(const at::Tensor& hidden_states, const UnitBatch& batch,
                                     const Pass& pass, train::UnitLoss& loss,
                                     const train::GradientSink& sink) const;
+  /// DeBERTa's relative positions as they are trained now; undefined where they are frozen.
+  at::Tensor trained_relative(bool with_graph) const;
   void backward_embedding(const at::Tensor& embedded, const at::Tensor& gradient,
                           const at::Tensor& tied_gradient, const train::GradientSink& sink) const;
+  void backward_relative(const at::Tensor& relative, const at::Tensor& gradient,
+                         const train::GradientSink& sink) const;
   train::UnitLoss sequence_loss_of(const at::Tensor& logits, const UnitBatch& batch) const;
   [[noreturn]] void fail_not_finite(const Pass& pass, const at::Tensor& last, double loss) const;
 
   model::Architecture architecture_;
   at::ScalarType dtype_;
   model::Ends ends_;
+  model::RelativeEmbeddings relative_;
   std::vector<model::BlockWeights> blocks_;
   std::vector<Target> targets_;
   std::vector<std::array<int64_t, model::kRoles>> target_of_;  // [block][role], -1: not adapted
   std::vector<PlacedSite> sites_;
   std::vector<std::vector<int64_t>> sites_of_;       // [block]
   std::vector<int64_t> front_sites_, behind_sites_;  // before the first block, behind the last
+  std::vector<int64_t> relative_sites_;              // DeBERTa's, read by every block
   std::optional<model::SequenceHead> head_;
   model::Problem problem_;
   std::vector<at::Tensor> head_kept_;

@@ -12,6 +12,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,6 +21,7 @@
 #include "pipeline/comm/communicator.h"
 #include "pipeline/config/section.h"
 #include "pipeline/model/added_terms.h"
+#include "pipeline/model/architecture.h"
 #include "pipeline/train/parameters.h"
 #include "pipeline/workers.h"
 
@@ -32,15 +34,15 @@ enum class Merge {
   dense    ///< into the matrix, zeros may be filled
 };
 
-/// A matrix that is adapted: y = x weight^T + bias.
+/// A matrix that is adapted: y = x weight^T, and a bias that stays.
 struct Target {
   std::string name;  ///< "model.layers.3.self_attn.q_proj.weight"
   int64_t block = 0;
   at::Tensor weight;  ///< [out, in], the model's type, frozen
-  at::Tensor bias{};  ///< [out], the model's type, or undefined
   /// uint8 [out, in], 1 where the base is not 0. Defined only under Merge::masked and when the
   /// matrix has a zero: the adapter then acts as (changed weight) * kept.
   at::Tensor kept{};
+  model::Role role = model::kUp;  ///< of the layer in its block
 };
 
 /// Which sequences x holds, for what is drawn anew in each step (dropout): equal for a sequence
@@ -82,11 +84,6 @@ class Adapter {
   /// The adapted matrix [out, in], computed in float32 and rounded once to the model's type. Under
   /// Merge::masked it is 0 wherever the target's weight is.
   virtual at::Tensor merged(int64_t target) const = 0;
-  /// The bias [out] that belongs to merged(), in the model's type; undefined: it is unchanged.
-  virtual at::Tensor merged_bias(int64_t target) const {
-    (void)target;
-    return {};
-  }
   /// What stays beside the frozen matrix; nothing when the change is no such sum.
   virtual std::optional<model::AddedTerms> beside(int64_t target) const {
     (void)target;
@@ -117,9 +114,9 @@ struct AttachOptions {
   std::map<std::string, at::Tensor> frozen;
 };
 
-/// A tensor of the model that is no matrix of a linear layer.
+/// A tensor of the model that is no matrix of a block's linear layers.
 struct Site {
-  enum class Kind { bias, norm_weight, norm_bias, embedding, head };
+  enum class Kind { bias, norm_weight, norm_bias, embedding, matrix, head };
   Kind kind = Kind::bias;
   std::string name;    ///< "model.layers.3.input_layernorm.weight"
   int64_t block = -1;  ///< -1: before the first block; the number of blocks: behind the last
@@ -131,8 +128,14 @@ class AdapterMethod {
  public:
   virtual ~AdapterMethod() = default;
 
-  /// Throws UserError naming the matrix when its shape does not fit.
+  /// Throws UserError naming the matrix when its shape does not fit, or what a file of the method's
+  /// own keys says of it.
   virtual void check(const std::string& matrix, int64_t rows, int64_t columns) const = 0;
+  /// The method's keys that give its parameters their meaning, as they were read: an adapter goes
+  /// on under the same alone.
+  virtual nlohmann::json settings() const = 0;
+  /// True: a new adapter starts from AttachOptions::index_sets.
+  virtual bool needs_index_sets() const { return false; }
   virtual std::unique_ptr<Adapter> attach(std::vector<Target> targets,
                                           const AttachOptions& options) const = 0;
   /// Trainable parameters of one matrix by the paper's formula.

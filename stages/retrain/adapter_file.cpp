@@ -5,13 +5,29 @@
 #include <fmt/ranges.h>
 
 #include "pipeline/errors.h"
+#include "pipeline/io/json.h"
 
 namespace espalier::retrain {
 
 namespace {
 
-constexpr const char* kFrozen = "frozen";
-constexpr const char* kHead = "head";
+using train::kFrozenGroup, train::kHeadGroup;
+
+/// Equal but for what products of other shapes round otherwise: a matrix may have lost rows since.
+bool alike(const at::Tensor& a, const at::Tensor& b) {
+  constexpr double kRounding = 1e-5;  // of the largest
+  const auto size = [](const at::Tensor& t) { return t.defined() ? t.numel() : 0; };
+  if (size(a) == 0 || size(b) == 0) return size(a) == size(b);
+  if (a.sizes() != b.sizes()) return false;
+  if (!at::isFloatingType(a.scalar_type())) return at::equal(a, b);
+  const double largest = b.abs().max().item<double>();
+  return (a - b).abs().max().item<double>() <= kRounding * largest;
+}
+
+bool alike(const model::AddedTerms& a, const model::AddedTerms& b) {
+  return a.scale == b.scale && alike(a.down, b.down) && alike(a.up, b.up) &&
+         alike(a.positions, b.positions) && alike(a.values, b.values) && alike(a.bias, b.bias);
+}
 
 std::string shape_text(const at::Tensor& t) {
   return fmt::format("[{}]", fmt::join(t.sizes(), ", "));
@@ -28,9 +44,9 @@ void write_adapters(const std::filesystem::path& file, const AdaptedModel& model
   const auto& all = parameters.parameters();
   for (int64_t p = 0; p < model.first_head_parameter(); ++p) add("/" + all[p].name, all[p].value);
   for (size_t p = model.first_head_parameter(); p < all.size(); ++p)
-    add(fmt::format("/{}/{}", kHead, all[p].name), all[p].value);
+    add(fmt::format("{}{}", kHeadGroup, all[p].name), all[p].value);
   for (const auto& [name, value] : model.adapter().frozen_tensors())
-    add(fmt::format("/{}/{}", kFrozen, name), value);
+    add(fmt::format("{}{}", kFrozenGroup, name), value);
   train::write_adapters_h5(file, content);
 }
 
@@ -39,32 +55,34 @@ StoredAdapter StoredAdapter::read(const std::filesystem::path& file) {
   StoredAdapter stored;
   stored.file_ = file;
   stored.identity_ = content.identity;
-  const std::string head = fmt::format("/{}/", kHead), frozen = fmt::format("/{}/", kFrozen);
+  stored.matrices_ = train::matrices_of(content);
   for (const auto& [path, value] : content.tensors) {
     const std::string where = fmt::format("{}: {}", file.string(), path);
-    if (path.starts_with(frozen)) {
-      stored.frozen_[path.substr(frozen.size())] = value;
+    if (path.starts_with(kFrozenGroup)) {
+      stored.frozen_[path.substr(kFrozenGroup.size())] = value;
       continue;
     }
     if (value.scalar_type() != at::kFloat) throw UserError(fmt::format("{} is no float32", where));
     if (!at::isfinite(value).all().item<bool>())
       throw UserError(fmt::format("{} holds values that are not finite", where));
-    if (path.starts_with(head))
-      stored.head_[path.substr(head.size())] = value;
+    if (path.starts_with(kHeadGroup))
+      stored.head_[path.substr(kHeadGroup.size())] = value;
     else
       stored.values_[path.substr(1)] = value;
   }
   return stored;
 }
 
-void StoredAdapter::require_method(const AdapterIdentity& wanted) const {
-  if (identity_.method != wanted.method)
+void StoredAdapter::require_method(const std::string& method,
+                                   const nlohmann::json& settings) const {
+  if (identity_.method != method)
     throw UserError(fmt::format("{}: holds an adapter of {}, retrain.method is {}", file_.string(),
-                                identity_.method, wanted.method));
-  if (identity_.settings != wanted.settings)
+                                identity_.method, method));
+  // As values: 32 is 32.0.
+  if (io::parse_json(identity_.settings, file_.string() + ": settings") != settings)
     throw UserError(fmt::format(
         "{}: the adapter was trained with the settings {}, this run has {}; take the same",
-        file_.string(), identity_.settings, wanted.settings));
+        file_.string(), identity_.settings, settings.dump()));
 }
 
 void StoredAdapter::require_base(const std::string& base_checksum, const std::string& model) const {
@@ -108,6 +126,23 @@ bool StoredAdapter::copy_into(train::ParameterSet& parameters, const AdaptedMode
   for (size_t p = first_head; fits && p < all.size(); ++p)
     all[p].value.detach().copy_(head_.at(all[p].name));
   return fits;
+}
+
+void StoredAdapter::require_beside(const AdaptedModel& model,
+                                   const io::Checkpoint& checkpoint) const {
+  const at::NoGradGuard no_grad;
+  for (size_t t = 0; t < model.targets().size(); ++t) {
+    const Target& target = model.targets()[t];
+    const auto there =
+        model::load_terms(checkpoint, target.name, target.weight.size(0), target.weight.size(1));
+    const auto told = model.adapter().beside(static_cast<int64_t>(t));
+    if (there && told && alike(*there, *told)) continue;
+    throw UserError(fmt::format(
+        "retrain.adapter: previous: what stands beside {} in {} is not the adapter of {}, so going "
+        "on from that would lose a part: a stage before this one added a second adapter; let "
+        "that stage go on from the first (adapter: previous), or merge the first one before it",
+        target.name, checkpoint.directory().string(), file_.string()));
+  }
 }
 
 }  // namespace espalier::retrain

@@ -9,6 +9,7 @@
 
 #include <filesystem>
 #include <map>
+#include <set>
 #include <string>
 
 #include "pipeline/train/adapters_h5.h"
@@ -30,9 +31,11 @@ class StoredAdapter {
   const std::filesystem::path& file() const { return file_; }
   const AdapterIdentity& identity() const { return identity_; }
   const std::map<std::string, at::Tensor>& frozen() const { return frozen_; }
+  /// What it adapts, and what else it trained but a head.
+  const std::set<std::string>& matrices() const { return matrices_; }
 
-  /// Throws UserError stating both sides unless method and settings are these.
-  void require_method(const AdapterIdentity& wanted) const;
+  /// Throws UserError stating both sides unless it is of this method with settings of these values.
+  void require_method(const std::string& method, const nlohmann::json& settings) const;
   /// Throws UserError with both checksums unless the base is this one.
   void require_base(const std::string& base_checksum, const std::string& model) const;
 
@@ -41,11 +44,15 @@ class StoredAdapter {
   /// taken. Throws UserError naming the parameter that is missing, left over or of another shape.
   bool copy_into(train::ParameterSet& parameters, const AdaptedModel& model,
                  bool with_head = true) const;
+  /// The adapter being bound and prepared: throws UserError naming the first matrix beside which
+  /// `checkpoint` holds something else than what the adapter would leave there.
+  void require_beside(const AdaptedModel& model, const io::Checkpoint& checkpoint) const;
 
  private:
   std::filesystem::path file_;
   AdapterIdentity identity_;
   std::map<std::string, at::Tensor> values_, head_, frozen_;
+  std::set<std::string> matrices_;
 };
 
 }  // namespace espalier::retrain

@@ -1,9 +1,8 @@
-/// BitFit (arXiv 2106.10199): only biases are trained, those of linear layers and, with `norms`, of
-/// the norms. No matrix changes. A model without biases leaves nothing to train, which the
-/// selection of tensors refuses.
+/// BitFit (arXiv 2106.10199): only biases are trained, those of linear layers, of the output
+/// embedding and, with `norms`, of the norms. No matrix changes. A model without biases leaves
+/// nothing to train, which the selection of tensors refuses.
 
-#include "pipeline/errors.h"
-#include "stages/retrain/adapter.h"
+#include "stages/retrain/adapted_matrix.h"
 
 namespace espalier::retrain {
 
@@ -14,8 +13,9 @@ class BitfitMethod : public AdapterMethod {
   explicit BitfitMethod(bool norms) : norms_(norms) {}
 
   void check(const std::string&, int64_t, int64_t) const override {}
+  nlohmann::json settings() const override { return {{"norms", norms_}}; }
   std::unique_ptr<Adapter> attach(std::vector<Target>, const AttachOptions&) const override {
-    throw DefectError("bitfit adapts no matrix");
+    return make_matrix_adapter({});
   }
   int64_t trainable_parameters(int64_t rows, int64_t) const override { return rows; }
   bool adapts_matrices() const override { return false; }

@@ -58,7 +58,8 @@ void compare_logits(const at::Tensor& trained, const at::Tensor& written, Differ
 }
 
 struct Heads {
-  at::Tensor trained, written, bias;                       // output embeddings, or
+  at::Tensor trained, written;                             // output embeddings
+  at::Tensor trained_bias, written_bias;                   // and their biases, or
   std::optional<model::SequenceHead> head;                 // a head with
   std::vector<at::Tensor> trained_values, written_values;  // its tensors
 };
@@ -66,10 +67,10 @@ struct Heads {
 Heads heads_of(const AdaptedModel& model, const io::Checkpoint& written) {
   Heads heads;
   if (!model.head()) {
-    heads.trained = model.output_embedding();
+    const model::Ends trained = model.ends();
     const model::Ends ends = model::load_ends(written, model.architecture(), model.dtype());
-    heads.written = ends.head;
-    heads.bias = ends.head_bias;
+    heads.trained = trained.head, heads.trained_bias = trained.head_bias;
+    heads.written = ends.head, heads.written_bias = ends.head_bias;
     return heads;
   }
   heads.head = model.head();
@@ -93,12 +94,14 @@ Difference compare_unit(const Heads& heads, const UnitBatch& unit, const at::Ten
   }
   for (int64_t first = 0; first < trained.size(0); first += kChunk) {
     const int64_t rows = std::min(kChunk, trained.size(0) - first);
-    const auto logits = [&](const at::Tensor& hidden, const at::Tensor& head) {
+    const auto logits = [&](const at::Tensor& hidden, const at::Tensor& head,
+                            const at::Tensor& bias) {
       const at::Tensor product =
           linalg::product(hidden.narrow(0, first, rows), head.t(), at::kFloat);
-      return heads.bias.defined() ? product + heads.bias : product;
+      return bias.defined() ? product + bias : product;
     };
-    compare_logits(logits(trained, heads.trained), logits(written, heads.written), difference);
+    compare_logits(logits(trained, heads.trained, heads.trained_bias),
+                   logits(written, heads.written, heads.written_bias), difference);
   }
   return difference;
 }

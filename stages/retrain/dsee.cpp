@@ -21,8 +21,10 @@ constexpr double kStartDeviation = 0.02;  // of A
 
 struct DseeOptions {
   int64_t rank = 16, cardinality = 16;
+  double alpha = 32;
   AddedOptions added;
   enum class Positions { none, random, discovered } positions = Positions::discovered;
+  std::string index_sets;  ///< a file that was named; empty: what discover left
   bool sparse() const { return positions != Positions::none; }
 };
 
@@ -98,16 +100,18 @@ at::Tensor adapter_positions(const at::Tensor& positions, const Target& target, 
   return positions.contiguous();
 }
 
-at::Tensor stored_positions(const std::filesystem::path& file, const Target& target,
-                            int64_t count) {
+at::Tensor stored_positions(const std::filesystem::path& file, const std::string& matrix,
+                            int64_t rows, int64_t columns, int64_t count) {
+  if (!std::filesystem::is_regular_file(file))
+    throw UserError(fmt::format(
+        "retrain.index_sets: {} is no file; discover leaves one, index_sets.h5", file.string()));
   const io::Hdf5Reader reader(file);
-  const std::string dataset = "/" + target.name;
+  const std::string dataset = "/" + matrix;
   if (!reader.has(dataset))
     throw UserError(fmt::format(
         "{} has no index set of {}; give discover.targets and retrain.targets the same matrices",
-        file.string(), target.name));
-  const std::string where = fmt::format("{}: {}", file.string(), target.name);
-  const int64_t rows = target.weight.size(0), columns = target.weight.size(1);
+        file.string(), matrix));
+  const std::string where = fmt::format("{}: {}", file.string(), matrix);
   if (reader.integer_attribute(dataset, "rows") != rows ||
       reader.integer_attribute(dataset, "columns") != columns)
     throw UserError(
@@ -126,6 +130,16 @@ class DseeMethod : public MatrixMethod {
     if (options_.sparse() && options_.cardinality > rows * columns)
       throw UserError(fmt::format("{} [{}, {}] has fewer than retrain.cardinality = {} values",
                                   matrix, rows, columns, options_.cardinality));
+    if (!options_.index_sets.empty())
+      stored_positions(options_.index_sets, matrix, rows, columns, options_.cardinality);
+  }
+  nlohmann::json settings() const override {
+    return {{"adapter_rank", options_.rank},
+            {"alpha", options_.alpha},
+            {"cardinality", options_.cardinality}};
+  }
+  bool needs_index_sets() const override {
+    return options_.positions == DseeOptions::Positions::discovered;
   }
   int64_t trainable_parameters(int64_t rows, int64_t columns) const override {
     return options_.rank * (rows + columns) + (options_.sparse() ? options_.cardinality : 0);
@@ -151,7 +165,8 @@ class DseeMethod : public MatrixMethod {
           "retrain.index_sets: no discover stage before this one left index sets; put discover "
           "into "
           "pipeline, name a file index_sets.h5, or choose random or none");
-    return stored_positions(options.index_sets, target, count);
+    return stored_positions(options.index_sets, target.name, target.weight.size(0),
+                            target.weight.size(1), count);
   }
 
   DseeOptions options_;
@@ -160,12 +175,13 @@ class DseeMethod : public MatrixMethod {
 std::unique_ptr<AdapterMethod> read_dsee(const config::Section& section) {
   DseeOptions options;
   options.rank = section.integer_or("adapter_rank", options.rank, {.low = 1});
-  const double alpha = section.number_or("alpha", 32, {.low = 0, .low_open = true});
-  options.added.scale = alpha / static_cast<double>(options.rank);
+  options.alpha = section.number_or("alpha", options.alpha, {.low = 0, .low_open = true});
+  options.added.scale = options.alpha / static_cast<double>(options.rank);
   options.added.dropout = section.number_or("dropout", 0, {.low = 0, .high = 1, .high_open = true});
   const std::string positions = section.text_or("index_sets", "");
   if (positions == "none") options.positions = DseeOptions::Positions::none;
   if (positions == "random") options.positions = DseeOptions::Positions::random;
+  if (options.positions == DseeOptions::Positions::discovered) options.index_sets = positions;
   options.cardinality = section.integer_or("cardinality", options.cardinality, {.low = 1});
   return std::make_unique<DseeMethod>(options);
 }

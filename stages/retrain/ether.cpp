@@ -7,7 +7,6 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <string_view>
 
 #include "stages/retrain/turned.h"
 
@@ -22,25 +21,19 @@ struct EtherOptions {
   double start_norm = 0;        ///< 0: as drawn
 };
 
-bool is_query_or_value(std::string_view name) {
-  if (name.ends_with(".weight")) name.remove_suffix(7);
-  for (const std::string_view last : {".q_proj", ".v_proj", ".query", ".value"})
-    if (name.ends_with(last)) return true;
-  return false;
-}
-
 class EtherMethod : public TurnedMethod {
  public:
   explicit EtherMethod(const EtherOptions& options)
       : TurnedMethod(options.turned), options_(options) {}
 
  protected:
-  std::unique_ptr<BlockMap> map(const std::string& name, int64_t width) const override {
+  std::unique_ptr<BlockMap> map(const Target& target, int64_t width) const override {
     ReflectionOptions map;
     map.blocks = options().blocks;
     map.width = width;
     map.coefficients = options_.coefficients;
-    const bool whole = options_.published_start && is_query_or_value(name);
+    const bool query_or_value = target.role == model::kQuery || target.role == model::kValue;
+    const bool whole = options_.published_start && query_or_value;
     map.start_bound =
         std::sqrt((whole ? 1.0 : static_cast<double>(map.blocks)) / static_cast<double>(width));
     map.start_norm = options_.start_norm;

@@ -131,6 +131,19 @@ class FullMethod : public AdapterMethod {
     return rows * columns;
   }
   bool trains(const Site&) const override { return true; }
+  nlohmann::json settings() const override {
+    const auto name = [&] {
+      if (options_.mask == Mask::fixed) return "fixed";
+      return options_.mask == Mask::ste ? "ste" : "sr_ste";
+    };
+    const std::string pattern =
+        options_.group > 0 ? fmt::format("{}:{}", options_.keep, options_.group) : "unstructured";
+    nlohmann::json settings = {
+        {"mask", name()}, {"mask_pattern", pattern}, {"mask_decay", options_.decay}};
+    settings["mask_sparsity"] =
+        options_.sparsity ? nlohmann::json(*options_.sparsity) : nlohmann::json();
+    return settings;
+  }
 
  private:
   FullOptions options_;

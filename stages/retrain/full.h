@@ -1,14 +1,13 @@
 #pragma once
 /// Training whole tensors: every weight of the targets, norms, embeddings and biases among them.
 ///
-/// mask: fixed          a pruned matrix is trained inside its zeros (with merge: dense, outside
-/// too)
-///       ste            the matrix acts with a mask chosen anew in each step from the weights'
-///       sizes;
-///                      the gradient of what acts goes to all weights (straight through; the mask
-///                      of SPP, arXiv 2405.16057, eq. 2)
-///       sr_ste         and weights outside the mask decay: their gradient gets decay * w (arXiv
-///                      2102.04010, eq. 8)
+/// mask: fixed    a pruned matrix is trained inside its zeros (with merge: dense, outside too)
+///       ste      the matrix acts with a mask chosen anew in each step from the weights' sizes; the
+///                gradient of what acts goes to all weights (straight through; the mask of SPP,
+///                arXiv 2405.16057, eq. 2)
+///       sr_ste   and weights outside the mask decay: their gradient gets decay * w (arXiv
+///                2102.04010, eq. 8)
+///
 /// One product forward, two backward. Memory: a float32 weight and its gradient's sum (8 bytes a
 /// worker), two moments, and the matrix that acts.
 

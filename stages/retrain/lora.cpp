@@ -21,6 +21,7 @@ namespace {
 
 struct LoraOptions {
   int64_t rank = 8;
+  double alpha = 16;
   AddedOptions added;
 };
 
@@ -53,6 +54,9 @@ class LoraMethod : public MatrixMethod {
   void check(const std::string& matrix, int64_t rows, int64_t columns) const override {
     check_rank(matrix, rows, columns, options_.rank);
   }
+  nlohmann::json settings() const override {
+    return {{"adapter_rank", options_.rank}, {"alpha", options_.alpha}};
+  }
   int64_t trainable_parameters(int64_t rows, int64_t columns) const override {
     return options_.rank * (rows + columns);
   }
@@ -70,8 +74,8 @@ class LoraMethod : public MatrixMethod {
 LoraOptions read_options(const config::Section& section) {
   LoraOptions options;
   options.rank = section.integer_or("adapter_rank", options.rank, {.low = 1});
-  const double alpha = section.number_or("alpha", 16, {.low = 0, .low_open = true});
-  options.added.scale = alpha / static_cast<double>(options.rank);
+  options.alpha = section.number_or("alpha", options.alpha, {.low = 0, .low_open = true});
+  options.added.scale = options.alpha / static_cast<double>(options.rank);
   options.added.dropout = section.number_or("dropout", 0, {.low = 0, .high = 1, .high_open = true});
   return options;
 }

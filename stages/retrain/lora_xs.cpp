@@ -99,6 +99,12 @@ class LoraXsMethod : public AdapterMethod {
   void check(const std::string& matrix, int64_t rows, int64_t columns) const override {
     check_rank(matrix, rows, columns, options_.rank);
   }
+  nlohmann::json settings() const override {
+    return {{"adapter_rank", options_.rank},
+            {"scale", options_.added.scale},
+            {"subspace", options_.subspace},
+            {"sigma", options_.sigma}};
+  }
   int64_t trainable_parameters(int64_t, int64_t) const override {
     return options_.rank * options_.rank;
   }

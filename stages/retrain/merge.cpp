@@ -138,14 +138,6 @@ void Writer::add_matrix(int64_t t, NamedTensors& tensors, MergeReport& report) {
     distances_.count[t] += 1;
   }
   tensors.emplace_back(target.name, merged);
-  const at::Tensor bias = model_.adapter().merged_bias(t);
-  if (bias.defined()) {
-    if (!target.bias.defined())
-      throw DefectError(fmt::format("{}: a bias was trained where there is none", target.name));
-    const std::string stem = target.name.substr(0, target.name.rfind(".weight"));
-    require_finite(bias, stem + ".bias");
-    tensors.emplace_back(stem + ".bias", bias.detach().contiguous());
-  }
   // What was beside is in the matrix now: empty terms hide it.
   const int64_t out = merged.size(0), in = merged.size(1);
   if (model_.without_terms() && model::load_terms(base_, target.name, out, in))

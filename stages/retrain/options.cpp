@@ -13,9 +13,6 @@ namespace {
 
 /// The keys that other parts of the run read.
 const std::vector<std::string> kForeignKeys = {"stage", "from"};
-/// Keys of methods that say how training goes, not what its parameters mean.
-const std::vector<std::string> kTrainingKeys = {"dropout", "init", "start_norm", "index_sets",
-                                                "d_initial"};
 
 void read_duration(const config::Section& section, RetrainOptions& options) {
   options.epochs = section.optional_number("epochs", {.low = 0, .low_open = true});
@@ -114,18 +111,6 @@ void read_validate(const config::Section& section, ValidateOptions& validate) {
     keys.fail("patience", "nothing is validated: set validate.data or validate.share");
 }
 
-/// The method's keys as one JSON text, without those that only training reads.
-std::string settings_of(const config::Section& section, const std::string& method) {
-  const auto all = nlohmann::json::parse(section.canonical());
-  nlohmann::json settings = nlohmann::json::object();
-  for (const std::string& key : adapter_keys(method)) {
-    const bool training =
-        std::find(kTrainingKeys.begin(), kTrainingKeys.end(), key) != kTrainingKeys.end();
-    if (!training && all.contains(key)) settings[key] = all[key];
-  }
-  return settings.dump();
-}
-
 /// What another method reads and this one does not must not be set.
 void refuse_keys_of_others(const config::Section& section, const std::string& method) {
   const std::vector<std::string> own = adapter_keys(method);
@@ -161,7 +146,6 @@ RetrainOptions read_options(const config::Section& section) {
   options.merge = read_merge(section);
   read_start(section, options);
   read_validate(section, options.validate);
-  options.settings = settings_of(section, options.method);
   section.allow(kForeignKeys);
   refuse_keys_of_others(section, options.method);
   return options;

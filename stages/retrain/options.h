@@ -26,7 +26,7 @@ struct ValidateOptions {
 
 struct RetrainOptions {
   std::string method;
-  std::vector<std::string> targets;  ///< last parts of layer names; empty: every linear layer
+  std::vector<std::string> targets;  ///< globs (selection.h); empty: all that the method trains
   std::optional<double> epochs;
   std::optional<int64_t> steps;  ///< wins over epochs
   int64_t batch_size = 8;        ///< sequences of one step over all ranks
@@ -47,7 +47,6 @@ struct RetrainOptions {
   std::optional<std::string> adapter_from;  ///< adapters.h5, or a directory with it
   std::optional<std::string> index_sets;    ///< index_sets.h5; nothing: the run's last discover
   ValidateOptions validate;
-  std::string settings;  ///< JSON of the method's keys that give its parameters their meaning
 
   int64_t units() const { return batch_size / micro_batch_size; }
   /// Steps of the run: `steps`, or enough of them to see `epochs` times the set's sequences.

@@ -27,6 +27,10 @@ Trainable trainable_of(const Selection& selection, const AdapterMethod& method) 
 
 }  // namespace
 
+int64_t trainable_parameters(const Selection& selection, const AdapterMethod& method) {
+  return trainable_of(selection, method).parameters;
+}
+
 driver::StagePlan plan_of(const Selection& selection, const model::Architecture& architecture,
                           const std::string& method_name, const AdapterMethod& method,
                           int64_t head) {

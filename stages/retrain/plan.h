@@ -15,4 +15,7 @@ driver::StagePlan plan_of(const Selection& selection, const model::Architecture&
                           const std::string& method_name, const AdapterMethod& method,
                           int64_t head);
 
+/// Numbers that will be trained, without a head's.
+int64_t trainable_parameters(const Selection& selection, const AdapterMethod& method);
+
 }  // namespace espalier::retrain

@@ -1,7 +1,10 @@
 /// The `retrain` stage: trains what one method adds to a frozen model, and merges it or leaves it
 /// beside.
 
+#include <c10/util/accumulate.h>
 #include <fmt/format.h>
+
+#include <algorithm>
 
 #include "pipeline/data/token_set.h"
 #include "pipeline/driver/stage.h"
@@ -27,6 +30,7 @@ namespace {
 constexpr const char* kNumericsVersion = "retrain 3";
 /// Where the merged model is compared with the trained one.
 constexpr int64_t kComparedSequences = 4, kComparedTokens = 128;
+constexpr const char* kNothingValidated = "nothing is validated: the last step is kept";
 
 /// The sets of a run, opened.
 struct Sets {
@@ -66,6 +70,8 @@ class RetrainStage : public driver::Stage {
                     int64_t* head_parameters = nullptr) const;
   Sets open_sets(const driver::RunContext& run, const model::Architecture& architecture,
                  const std::filesystem::path& model) const;
+  void check_start(const driver::RunContext& run, const io::Checkpoint& start_model) const;
+  int64_t bytes_on_disk(const Selection& selection, int64_t head, at::ScalarType dtype) const;
   ModelOptions model_options(const driver::StageContext& context, const io::Checkpoint& checkpoint,
                              const model::Architecture& architecture, const TrainingData& data,
                              const Start& start) const;
@@ -107,10 +113,8 @@ Sets RetrainStage::open_sets(const driver::RunContext& run, const model::Archite
                              const std::filesystem::path& model) const {
   if (run.train_data.empty())
     throw UserError("retrain needs data.train: an HDF5 file made by launch/prepare_data.py");
-  if (architecture.max_positions > 0 && options_.sequence_length > architecture.max_positions)
-    throw UserError(fmt::format("retrain.sequence_length = {} is more than the {} positions of {}",
-                                options_.sequence_length, architecture.max_positions,
-                                model.string()));
+  model::require_positions(architecture, options_.sequence_length, "retrain.sequence_length",
+                           model.string());
   const data::TokenSet set = open_set(run.train_data, architecture, model);
   if (architecture.task != model::Task::causal && !set.is_classification())
     throw UserError(
@@ -163,17 +167,62 @@ void RetrainStage::check(const driver::RunContext& run,
   const model::Architecture architecture = model::read_architecture(checkpoint);
   const Sets sets = open_sets(run, architecture, start_model);
   schedule_of(options_, options_.total_steps(sets.train.epoch_sequences()));
-  int64_t weights = 0;
-  for (const Matrix& matrix : trained(run, checkpoint, architecture, sets.train).matrices) {
+  int64_t head = 0;
+  const Selection selection = trained(run, checkpoint, architecture, sets.train, &head);
+  for (const Matrix& matrix : selection.matrices)
     method_->check(architecture.weight_name(matrix.block, matrix.linear), matrix.linear.out,
                    matrix.linear.in);
-    weights += matrix.linear.out * matrix.linear.in;
-  }
+  check_start(run, checkpoint);
   if (!run.group.is_root()) return;
   if (options_.adapter_from)
     StoredAdapter::read(adapter_file_of(*options_.adapter_from))
-        .require_method({options_.method, options_.settings, {}});
-  io::require_space(run.directory, weights * static_cast<int64_t>(c10::elementSize(run.dtype)));
+        .require_method(options_.method, method_->settings());
+  io::require_space(run.directory, bytes_on_disk(selection, head, run.dtype));
+}
+
+/// Whether an entry before this one can leave what the training starts from.
+void RetrainStage::check_start(const driver::RunContext& run,
+                               const io::Checkpoint& start_model) const {
+  const auto left = [&](const auto& by) {
+    return std::any_of(run.earlier.begin(), run.earlier.end(), by);
+  };
+  const auto leaves_terms = [](const driver::EarlierEntry& entry) {
+    return entry.kind == "retrain" && entry.settings.contains("merge") &&
+           entry.settings.at("merge") == "beside";
+  };
+  if (options_.adapter_previous && !left(leaves_terms) &&
+      model::matrices_with_terms(start_model).empty())
+    throw UserError(fmt::format(
+        "retrain.adapter: previous, but nothing stands beside the matrices of {} and no retrain "
+        "stage before this one in pipeline ends with merge: beside; set merge: beside there",
+        start_model.directory().string()));
+  const bool starts_new = !options_.adapter_previous && !options_.adapter_from;
+  const auto leaves_sets = [](const driver::EarlierEntry& entry) {
+    return entry.kind == "discover";
+  };
+  if (starts_new && method_->needs_index_sets() && !options_.index_sets && !left(leaves_sets))
+    throw UserError(
+        "retrain.index_sets: no discover stage stands before this one in pipeline; put discover "
+        "there, name a file index_sets.h5, or choose random or none");
+}
+
+/// The most that lies below the stage's directory at once: the saved state, the older one until the
+/// newer one is whole (values and two moments, and the best values), then adapters.h5 and the
+/// model.
+int64_t RetrainStage::bytes_on_disk(const Selection& selection, int64_t head,
+                                    at::ScalarType dtype) const {
+  constexpr int64_t kNumber = sizeof(float);
+  const int64_t trained = trainable_parameters(selection, *method_) + head;
+  const bool keeps_best = options_.validate.wanted() && options_.validate.keep_best;
+  const int64_t state = trained * kNumber * (keeps_best ? 4 : 3), adapters = trained * kNumber;
+  int64_t written = 0;  // what is merged, and what is trained whole
+  for (const Matrix& matrix : selection.matrices) written += matrix.linear.out * matrix.linear.in;
+  if (options_.merge == Merge::beside) written = 0;
+  for (const PlacedSite& placed : selection.sites)
+    written += c10::multiply_integers(placed.site.shape);
+  const int64_t model = options_.merge == Merge::beside ? adapters : head * kNumber;
+  return std::max(2 * state, state + adapters + model +
+                                 written * static_cast<int64_t>(c10::elementSize(dtype)));
 }
 
 driver::StagePlan RetrainStage::plan(const driver::RunContext& run,
@@ -193,6 +242,8 @@ driver::StagePlan RetrainStage::plan(const driver::RunContext& run,
   if (sets.validation)
     plan.lines.push_back(fmt::format("validation: {} of {} sequences", sets.validation->metric(),
                                      sets.validation->sequences()));
+  else
+    plan.lines.emplace_back(kNothingValidated);
   plan.lines.push_back(fmt::format("merge: {}", merge_name(options_.merge)));
   return plan;
 }
@@ -345,7 +396,7 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
   const io::Checkpoint checkpoint = io::Checkpoint::open(context.input_model);
   const model::Architecture architecture = model::read_architecture(checkpoint);
   const Sets sets = open_sets(run, architecture, context.input_model);
-  const Start start = find_start(options_, checkpoint, run.group);
+  const Start start = find_start(options_, *method_, checkpoint, run.group);
   const std::string fingerprint = io::checksum(
       fmt::format("{} {} {} {} {} {} {}", kNumericsVersion, configuration_, sets.checksum,
                   start.base_checksum, run.seed, c10::toString(run.dtype),
@@ -358,6 +409,8 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
     // The model's own head is the stored one, or what was pruned of it since.
     const bool wanted = !options_.adapter_previous;
     const bool with_head = start.stored->copy_into(*parameters, model, wanted);
+    model.adapter().prepare_step(*run.workers);
+    if (options_.adapter_previous) start.stored->require_beside(model, checkpoint);
     context.progress.say(
         fmt::format("starts from {}{}", start.stored->file().string(),
                     model.head() && wanted && !with_head ? ", its head left out" : ""));
@@ -381,12 +434,13 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
         fmt::format("merge: masked makes lora the same as lora_masked: it trains inside the mask "
                     "of {} matrices",
                     masked));
+  if (!sets.validation) context.progress.say(kNothingValidated);
   const train::LoopResult trained = train(context, model, *parameters, sets, fingerprint);
 
   model.adapter().prepare_step(*run.workers);
   if (run.group.is_root())
     write_adapters(context.directory / "adapters.h5", model, *parameters,
-                   {options_.method, options_.settings, start.base_checksum});
+                   {options_.method, method_->settings().dump(), start.base_checksum});
   driver::StageResult result;
   result.model = context.directory / "model";
   if (sets.train.labelled() && run.group.is_root())

@@ -63,12 +63,17 @@ class SiteList {
   template <class Place>
   void in_block(Site::Kind kind, const std::string& name, int64_t block, std::vector<int64_t> shape,
                 Place place) {
-    sites.push_back({{kind, name, block, std::move(shape)}, place, nullptr});
+    sites.push_back({{kind, name, block, std::move(shape)}, place, nullptr, nullptr});
   }
   template <class Place>
   void in_ends(Site::Kind kind, const std::string& name, int64_t block, Place place) {
     if (!name.empty())
-      sites.push_back({{kind, name, block, checkpoint_.info(name).shape}, nullptr, place});
+      sites.push_back({{kind, name, block, checkpoint_.info(name).shape}, nullptr, place, nullptr});
+  }
+  template <class Place>
+  void in_relative(Site::Kind kind, const std::string& name, Place place) {
+    if (!name.empty())
+      sites.push_back({{kind, name, -1, checkpoint_.info(name).shape}, nullptr, nullptr, place});
   }
 
   std::vector<PlacedSite> sites;
@@ -102,6 +107,21 @@ void add_block(SiteList& list, const model::Architecture& a, int64_t block) {
        [](model::BlockWeights& w) -> model::NormWeights& { return w.query_norm; });
   norm(a.key_norm, a.head_size,
        [](model::BlockWeights& w) -> model::NormWeights& { return w.key_norm; });
+  if (!a.relative) return;
+  const int64_t features = a.heads_of(block).queries() * a.head_size;
+  const auto projection = [&](const model::Names& names, NormPlace place) {
+    if (!names.weight.empty())
+      list.in_block(Site::Kind::matrix, a.tensor_name(block, names.weight), block,
+                    {features, a.hidden},
+                    [place](model::BlockWeights& w) -> at::Tensor& { return place(w).weight; });
+    if (!names.bias.empty())
+      list.in_block(Site::Kind::bias, a.tensor_name(block, names.bias), block, {features},
+                    [place](model::BlockWeights& w) -> at::Tensor& { return place(w).bias; });
+  };
+  projection(a.relative->key,
+             [](model::BlockWeights& w) -> model::NormWeights& { return w.relative_key; });
+  projection(a.relative->query,
+             [](model::BlockWeights& w) -> model::NormWeights& { return w.relative_query; });
 }
 
 void add_ends(SiteList& list, const model::Architecture& a) {
@@ -121,9 +141,24 @@ void add_ends(SiteList& list, const model::Architecture& a) {
   embedding(a.position_embedding, &Ends::position_embedding);
   embedding(a.type_embedding, &Ends::type_embedding);
   norm(a.embedding_norm, -1, &Ends::embedding_norm);
+  list.in_ends(Kind::matrix, a.project_in, -1,
+               [](Ends& ends) -> at::Tensor& { return ends.project_in; });
+  if (a.relative) {
+    using Relative = model::RelativeEmbeddings;
+    list.in_relative(Kind::embedding, a.relative->embedding,
+                     [](Relative& r) -> at::Tensor& { return r.weight; });
+    list.in_relative(Kind::norm_weight, a.relative->norm.weight,
+                     [](Relative& r) -> at::Tensor& { return r.norm.weight; });
+    list.in_relative(Kind::norm_bias, a.relative->norm.bias,
+                     [](Relative& r) -> at::Tensor& { return r.norm.bias; });
+  }
   norm(a.final_norm, a.blocks, &Ends::final_norm);
+  list.in_ends(Kind::matrix, a.project_out, a.blocks,
+               [](Ends& ends) -> at::Tensor& { return ends.project_out; });
   if (a.head != a.token_embedding)
     list.in_ends(Kind::head, a.head, a.blocks, [](Ends& ends) -> at::Tensor& { return ends.head; });
+  list.in_ends(Kind::bias, a.head_bias, a.blocks,
+               [](Ends& ends) -> at::Tensor& { return ends.head_bias; });
 }
 
 }  // namespace
@@ -146,9 +181,12 @@ Selection select(const io::Checkpoint& checkpoint, const model::Architecture& ar
       for (const model::Linear& linear : architecture.linears)
         if (globs.match(architecture.weight_name(b, linear)))
           selection.matrices.push_back({b, architecture.in_block(b, linear)});
-  for (PlacedSite& placed : sites_of(checkpoint, architecture))
-    if (method.trains(placed.site) && globs.match(placed.site.name))
-      selection.sites.push_back(std::move(placed));
+  for (PlacedSite& placed : sites_of(checkpoint, architecture)) {
+    const Site& site = placed.site;
+    const bool of_tokens = site.kind == Site::Kind::head || site.name == architecture.head_bias;
+    if (of_tokens && !head.empty()) continue;  // the other head takes their place
+    if (method.trains(site) && globs.match(site.name)) selection.sites.push_back(std::move(placed));
+  }
   for (const std::string& name : head) globs.match(name);
 
   std::vector<std::string> names;

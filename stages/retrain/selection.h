@@ -17,11 +17,12 @@ struct Matrix {
   model::Linear linear;  ///< with its sizes in the block
 };
 
-/// A site and where its tensor stands in the model in memory: one of both is set.
+/// A site and where its tensor stands in the model in memory: one of the three is set.
 struct PlacedSite {
   Site site;
   std::function<at::Tensor&(model::BlockWeights&)> in_block;
   std::function<at::Tensor&(model::Ends&)> in_ends;
+  std::function<at::Tensor&(model::RelativeEmbeddings&)> in_relative;
 };
 
 struct Selection {
@@ -36,7 +37,8 @@ std::vector<PlacedSite> sites_of(const io::Checkpoint& checkpoint,
 /// What `targets` name and `method` trains; all that it can train when `targets` is empty. A glob
 /// matches the last part of a tensor's name without its ".weight" or ".bias" ("q_proj"), the name
 /// inside the block ("self_attn.*"), or the whole name ("model.layers.2[0-9].*", "lm_head.weight").
-/// `head` are the tensors of a classification head, which is trained whoever names it.
+/// `head` are the tensors of a classification head, which is trained whoever names it; the output
+/// embedding and its bias then take no part and are no sites.
 /// Throws UserError listing the layers there are when one of `targets` matches nothing the method
 /// trains, or when nothing is left to train.
 Selection select(const io::Checkpoint& checkpoint, const model::Architecture& architecture,

@@ -12,21 +12,19 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// The file that belongs to what stands beside the model's matrices. A stage that changed those
-/// terms (pruning heads) leaves an adapters.h5 of its own, which comes first.
 fs::path previous_file(const io::Checkpoint& model) {
   if (model::matrices_with_terms(model).empty())
     throw UserError(fmt::format(
         "retrain.adapter: previous, but no adapter stands beside the matrices of {}: the retrain "
         "stage before must end with merge: beside",
         model.directory().string()));
-  for (const fs::path& directory : model.chain()) {
-    const fs::path file = directory.parent_path() / "adapters.h5";
-    if (fs::exists(file)) return file;
-  }
-  throw UserError(fmt::format(
-      "retrain.adapter: previous, but none of the stages that {} comes from holds adapters.h5",
-      model.directory().string()));
+  const fs::path file = train::adapters_beside(model);
+  if (file.empty())
+    throw UserError(fmt::format(
+        "retrain.adapter: previous, but the stage that wrote what stands beside the matrices of {} "
+        "holds no adapters.h5",
+        model.directory().string()));
+  return file;
 }
 
 }  // namespace
@@ -36,18 +34,20 @@ fs::path adapter_file_of(const std::string& adapter_from) {
   return fs::is_directory(path) ? path / "adapters.h5" : path;
 }
 
-Start find_start(const RetrainOptions& options, const io::Checkpoint& model,
-                 const comm::Communicator& group) {
+Start find_start(const RetrainOptions& options, const AdapterMethod& method,
+                 const io::Checkpoint& model, const comm::Communicator& group) {
   Start start;
-  const bool previous = options.adapter_previous;
-  const io::Checkpoint base = previous ? model.without(model::is_term) : model;
+  if (options.adapter_previous || options.adapter_from) {
+    start.stored = StoredAdapter::read(
+        options.adapter_previous ? previous_file(model) : adapter_file_of(*options.adapter_from));
+    start.stored->require_method(options.method, method.settings());
+  }
+  const io::Checkpoint base =
+      options.adapter_previous ? train::without_terms(model, start.stored->matrices()) : model;
   start.base_checksum = driver::tensors_checksum(base, group);
-  if (!previous && !options.adapter_from) return start;
-  start.stored =
-      StoredAdapter::read(previous ? previous_file(model) : adapter_file_of(*options.adapter_from));
-  start.stored->require_method({options.method, options.settings, {}});
   // The adapter beside a model is its own, whatever was pruned away below it since.
-  if (!previous) start.stored->require_base(start.base_checksum, model.directory().string());
+  if (options.adapter_from)
+    start.stored->require_base(start.base_checksum, model.directory().string());
   return start;
 }
 

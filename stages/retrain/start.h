@@ -19,11 +19,12 @@ struct Start {
 /// adapters.h5 of the key adapter_from: the file itself, or in that directory.
 std::filesystem::path adapter_file_of(const std::string& adapter_from);
 
-/// Reads and checks the stored adapter against method and base. `previous`: the nearest
-/// adapters.h5 in the stages that the model's directories belong to. Every rank calls it.
-/// Throws UserError with both checksums for another base, with both methods or settings.
-Start find_start(const RetrainOptions& options, const io::Checkpoint& model,
-                 const comm::Communicator& group);
+/// Reads and checks the stored adapter against method and base. `previous`: that of the stage which
+/// wrote what stands beside the model's matrices; StoredAdapter::require_beside is still to be
+/// called. Every rank calls it. Throws UserError with both checksums for another base, with both
+/// methods or settings.
+Start find_start(const RetrainOptions& options, const AdapterMethod& method,
+                 const io::Checkpoint& model, const comm::Communicator& group);
 
 /// index_sets.h5 of the key, or of the last stage before `stage_directory` that left one; empty:
 /// none.

@@ -141,10 +141,6 @@ TurnedOptions read_turned_options(const config::Section& section, const TurnedOp
   options.blocks = section.integer_or("blocks", options.blocks, {.low = 1});
   options.dropout =
       section.number_or("dropout", options.dropout, {.low = 0, .high = 1, .high_open = true});
-  if (section.text_or("merge", "masked") == "beside")
-    section.fail("merge",
-                 "a method that multiplies the matrix leaves nothing that could stay beside it; "
-                 "choose masked or dense");
   return options;
 }
 
@@ -165,9 +161,14 @@ int64_t TurnedMethod::trainable_parameters(int64_t rows, int64_t columns) const 
          (options_.output ? parameters_of_side(rows) : 0);
 }
 
+nlohmann::json TurnedMethod::settings() const {
+  const char* side = !options_.output ? "input" : options_.input ? "both" : "output";
+  return {{"side", side}, {"blocks", options_.blocks}};
+}
+
 std::unique_ptr<AdaptedMatrix> TurnedMethod::make(Target target, const AttachOptions&) const {
-  auto input = options_.input ? map(target.name, target.weight.size(1)) : nullptr;
-  auto output = options_.output ? map(target.name, target.weight.size(0)) : nullptr;
+  auto input = options_.input ? map(target, target.weight.size(1)) : nullptr;
+  auto output = options_.output ? map(target, target.weight.size(0)) : nullptr;
   return std::make_unique<TurnedMatrix>(std::move(target), options_.dropout, std::move(input),
                                         std::move(output));
 }

@@ -30,10 +30,11 @@ class TurnedMethod : public MatrixMethod {
   explicit TurnedMethod(const TurnedOptions& options) : options_(options) {}
   void check(const std::string& matrix, int64_t rows, int64_t columns) const override;
   int64_t trainable_parameters(int64_t rows, int64_t columns) const override;
+  nlohmann::json settings() const override;
 
  protected:
-  /// The map of a side of `width` of the matrix `name`.
-  virtual std::unique_ptr<BlockMap> map(const std::string& name, int64_t width) const = 0;
+  /// The map of a side of `width` of the matrix.
+  virtual std::unique_ptr<BlockMap> map(const Target& target, int64_t width) const = 0;
   /// Trainable parameters of that map.
   virtual int64_t parameters_of_side(int64_t width) const = 0;
   std::unique_ptr<AdaptedMatrix> make(Target target, const AttachOptions&) const override;

@@ -69,6 +69,7 @@ class VeraMethod : public AdapterMethod {
   explicit VeraMethod(const VeraOptions& options) : options_(options) {}
 
   void check(const std::string&, int64_t, int64_t) const override {}  // any shape and rank
+  nlohmann::json settings() const override { return {{"adapter_rank", options_.rank}}; }
   int64_t trainable_parameters(int64_t rows, int64_t) const override {
     return options_.rank + rows;
   }

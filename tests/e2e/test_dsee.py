@@ -251,6 +251,25 @@ def hdf5_values(stage: Path, part: str) -> list:
     return found
 
 
+@pytest.mark.parametrize("method", ["lora", "lora_xs", "vera"])
+def test_heads_leave_an_adapter_beside_or_the_pruning_is_refused(labelled, tmp_path, method):
+    """A LoRA-XS adapter loses rows of its base; VeRA's matrices belong to all targets and cannot."""
+    words = labelled.arguments(tmp_path / "run", *HEADED, "pipeline=[retrain,prune,evaluate,retrain_again,evaluate]",
+                               f"retrain={method}", f"retrain@retrain_again={method}", "retrain.merge=beside",
+                               "retrain_again.merge=beside", "retrain_again.steps=0", "retrain_again.validate=null",
+                               "discover.cardinality=6", "~retrain_again.cardinality",
+                               *([] if method == "lora" else ["~retrain_again.alpha"]))
+    words = [word for word in words if not word.startswith(("retrain.cardinality", "pipeline=[discover"))]
+    ended = run(*words, ranks=2)
+    if method == "vera":
+        assert ended.code == 2 and "lora, dsee, lora_xs" in ended.errors and "vera" in ended.errors, str(ended)
+        assert not list((tmp_path / "run" / "02-prune").glob("state/heads-*"))
+        return
+    assert ended.code == 0, str(ended)
+    before, after = answers_of(tmp_path / "run", 0), answers_of(tmp_path / "run", 1)
+    assert np.abs(before - after).max() < 1e-5 * np.abs(before).max()
+
+
 def test_heads_are_removed_again_from_what_is_left(labelled, tmp_path):
     twice = ["pipeline=[discover,retrain,prune,prune_again,retrain_again,evaluate,export]", *HEADED,
              "+prune@prune_again=dsee", "prune_again.stage=prune", "prune_again.pattern=heads", "prune_again.heads=2"]

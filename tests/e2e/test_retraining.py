@@ -55,6 +55,13 @@ def test_the_earliest_best_validation_is_what_the_next_stage_reads(validated):
     assert metrics["merge_largest_logit_difference"] < 0.05
 
 
+def test_a_plan_says_when_nothing_is_validated_and_the_last_step_is_kept(files, tmp_path):
+    words = "nothing is validated: the last step is kept"
+    assert words not in run_well("--plan", *settings(files, tmp_path / "run", **FULL)).output
+    unset = {**FULL, "retrain__validate__share": "null"}
+    assert words in run_well("--plan", *settings(files, tmp_path / "run", **unset)).output
+
+
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     found = {}
     for file in directory.glob("*.safetensors"):
@@ -118,6 +125,35 @@ def test_a_stored_adapter_is_applied_to_its_base_and_refused_on_another(files, v
     assert (checksum if isinstance(checksum, str) else checksum.decode()) in ended.errors
 
 
+@pytest.mark.parametrize("method,more", [("lora_xs", []), ("vera", []), ("dsee", ["retrain.index_sets=random"])])
+def test_what_a_method_froze_is_stored_applied_to_its_base_and_refused_on_another(files, tmp_path, method, more):
+    changes = {"pipeline": "[prune,retrain,evaluate]", "prune": "magnitude", "retrain": method,
+               "retrain__targets": "[q_proj,down_proj]", "retrain__merge": "masked", "retrain__epochs": "null", "retrain__steps": 6, "retrain__adapter_rank": 4,
+               "retrain__learning_rate": 0.05, "retrain__warmup_steps": "null", "model__dtype": "float32"}
+    run_well(*settings(files, tmp_path / "first", **changes), *more)
+    adapters = tmp_path / "first" / "02-retrain" / "adapters.h5"
+    again = {**changes, "retrain__steps": 0, "retrain__adapter_from": adapters}
+    run_well(*settings(files, tmp_path / "again", **again), *more, "run.seed=5", ranks=2)  # draws others
+    assert perplexities(tmp_path / "again") == perplexities(tmp_path / "first")
+    refused = run(*settings(files, tmp_path / "other", **{**again, "prune.pattern": "1:4"}), *more)
+    assert refused.code == 2 and "stands on a base with the checksum" in refused.errors, str(refused)
+
+
+def test_patience_ends_a_training_and_the_last_step_is_kept_where_that_is_asked(files, tmp_path):
+    """Validated on a text of its own; a rate that diverges is never better than its first measure."""
+    changes = {**FULL, "retrain__validate__share": "null", "retrain__validate__data": files.held_out,
+               "retrain__validate__every": 2, "retrain__validate__patience": 2, "retrain__learning_rate": 0.5,
+               "retrain__validate__keep": "last", "retrain__warmup_ratio": "null"}
+    run_well(*settings(files, tmp_path / "run", **changes))
+    lines = validations(tmp_path / "run")
+    losses = [line["loss"] for line in lines]
+    best = losses.index(min(losses))
+    assert len(lines) == best + 3 < 12  # two validations behind the best one
+    metrics = metrics_of(tmp_path / "run", "02-retrain")
+    assert metrics["steps"] == metrics["validation"]["kept_step"] == lines[-1]["step"] == 2 * len(lines)
+    assert metrics["validation"]["best_step"] == lines[best]["step"] < metrics["steps"]
+
+
 # ------------------------------------------------------------------------------- beside the matrices
 LORA = dict(pipeline="[prune,retrain,evaluate,export]", retrain="lora", retrain__targets="[q_proj,v_proj]",
             retrain__merge="beside", retrain__steps=12, retrain__epochs="null", retrain__learning_rate=0.02,
@@ -175,6 +211,57 @@ def test_training_goes_on_from_the_adapter_beside_and_merges_it_later(files, bes
     assert refused.code != 0 and "merge: beside" in refused.errors
 
 
+def later(node: str, *others) -> list:
+    """A retraining by the settings of the first one, with its own of `others`."""
+    names = ("method", "targets", "adapter_rank", "alpha", "learning_rate", "batch_size", "sequence_length")
+    return [*(f"+{node}.{name}=${{retrain.{name}}}" for name in names), f"+{node}.stage=retrain",
+            *(f"+{node}.{other}" for other in others)]
+
+
+def test_going_on_from_one_of_two_adapters_that_stand_beside_is_refused(files, tmp_path):
+    """adapters.h5 of the second holds the second alone: going on from it would drop the first."""
+    pipeline = "[prune,retrain,second,third]"
+    command = settings(files, tmp_path / "run", **{**LORA, "pipeline": pipeline, "retrain__steps": 3})
+    refused = run(*command, *later("second", "steps=3", "merge=beside"),
+                  *later("third", "steps=0", "adapter=previous", "merge=beside"))
+    assert refused.code == 2, str(refused)
+    for part in ("adapter: previous", "03-second/adapters.h5", "q_proj.weight", "second adapter"):
+        assert part in refused.errors, str(refused)
+
+
+def test_going_on_passes_over_a_second_adapter_that_was_merged(files, tmp_path):
+    """The first stays the one beside; the second is part of the matrices and is counted once."""
+    pipeline = "[prune,retrain,second,evaluate,third,evaluate]"
+    run_dir = tmp_path / "run"
+    run_well(*settings(files, run_dir, **{**LORA, "pipeline": pipeline, "retrain__steps": 3}),
+             *later("second", "steps=3", "merge=dense"), *later("third", "steps=0", "adapter=previous", "merge=beside"))
+    first, second = perplexities(run_dir)
+    assert second == first
+    stages = [run_dir / stage / "adapters.h5" for stage in ("02-retrain", "05-third")]
+    with h5py.File(stages[0]) as one, h5py.File(stages[1]) as other:
+        name = "model.layers.0.self_attn.q_proj.weight/B"
+        assert np.array_equal(one[name][()], other[name][()])
+
+
+def test_an_adapter_is_taken_up_under_the_same_settings_however_they_are_written(files, beside, tmp_path):
+    adapters = beside / "02-retrain" / "adapters.h5"
+    again = {**LORA, "pipeline": "[prune,retrain]", "retrain__steps": 0, "retrain__adapter_from": adapters}
+    run_well(*settings(files, tmp_path / "written", **again, retrain__alpha=16))
+    run_well(*settings(files, tmp_path / "left_out", **again), "~retrain.alpha")
+    refused = run(*settings(files, tmp_path / "other", **again, retrain__alpha=17))
+    assert refused.code == 2 and "16" in refused.errors and "17" in refused.errors, str(refused)
+
+
+def test_a_start_that_no_stage_can_leave_is_refused_before_any_work(files, tmp_path):
+    for changes, words in (({"retrain__adapter": "previous"}, "merge: beside"),
+                           ({"retrain": "dsee", "retrain__merge": "beside"}, "no discover stage"),
+                           ({"retrain": "dsee", "retrain__merge": "beside",
+                             "retrain__index_sets": tmp_path / "missing.h5"}, "missing.h5")):
+        refused = run(*settings(files, tmp_path / "run", **{**LORA, "pipeline": "[prune,retrain]", **changes}))
+        assert refused.code == 2 and words in refused.errors, str(refused)
+        assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------- labelled data
 def write_labelled(file: Path, model: Path, classes: int, rows: int = 48) -> Path:
     """The class is told by the last token."""
@@ -216,3 +303,25 @@ def test_a_head_is_trained_on_labels_and_loads_in_transformers(files, tmp_path, 
         label = float(data["labels"][0])
     logits = model(tokens[None]).logits[0].detach()
     assert (int(logits.argmax()) if classes else round(float(logits[0]))) == int(label)
+
+
+def test_a_head_of_other_classes_is_left_out_when_an_adapter_is_taken_up(files, tmp_path):
+    """As LoRA-XS goes from MNLI's three classes to RTE's two: the adapter stays, the head is drawn anew."""
+    changes = {**LORA, "pipeline": "[retrain]", "retrain__targets": "[q_proj,v_proj]", "retrain__steps": 4,
+               "retrain__batch_size": 8, "retrain__merge": "dense"}
+    three, two = (write_labelled(tmp_path / f"{classes}.h5", files.model, classes) for classes in (3, 2))
+    run_well(*settings(files, tmp_path / "mnli", **{**changes, "data__train": three}))
+    adapters = tmp_path / "mnli" / "01-retrain" / "adapters.h5"
+    taken = {**changes, "retrain__steps": 0, "retrain__adapter_from": adapters}
+    ended = run_well(*settings(files, tmp_path / "rte", **{**taken, "data__train": two}))
+    assert "its head left out" in ended.output + ended.errors
+    assert metrics_of(tmp_path / "rte", "01-retrain")["head_parameters"] == 2 * 64
+    ended = run_well(*settings(files, tmp_path / "again", **{**taken, "data__train": three}))
+    assert "its head left out" not in ended.output + ended.errors
+    with h5py.File(adapters) as one:
+        for name in ("rte", "again"):
+            with h5py.File(tmp_path / name / "01-retrain" / "adapters.h5") as other:
+                path = "model.layers.0.self_attn.q_proj.weight/B"
+                assert np.array_equal(one[path][()], other[path][()])
+                heads = [file["head/score.weight"][()] for file in (one, other)]
+                assert (name == "again") == (heads[0].shape == heads[1].shape and np.array_equal(*heads))

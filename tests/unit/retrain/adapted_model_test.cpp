@@ -165,9 +165,10 @@ TEST(AdapterFile, IsTakenUpByTheSameMethodAndBaseAndRefusedByOthers) {
   stored.copy_into(*again.parameters, again.model);
   EXPECT_TRUE(std::ranges::equal(again.parameters->flat(), tiny.parameters->flat()));
 
-  EXPECT_NO_THROW(stored.require_method(identity));
-  EXPECT_THROW(stored.require_method({"lora", identity.settings, "sum"}), UserError);
-  EXPECT_THROW(stored.require_method({"spp", "{\"scale\":1}", "sum"}), UserError);
+  EXPECT_NO_THROW(stored.require_method("spp", {{"scale", 2.0}}));  // however 2 is written
+  EXPECT_THROW(stored.require_method("lora", {{"scale", 2}}), UserError);
+  EXPECT_THROW(stored.require_method("spp", {{"scale", 1}}), UserError);
+  EXPECT_THROW(stored.require_method("spp", {{"scale", 2}, {"beta", true}}), UserError);
   EXPECT_NO_THROW(stored.require_base("sum", "here"));
   try {
     stored.require_base("other", "here");

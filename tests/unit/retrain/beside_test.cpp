@@ -67,6 +67,7 @@ class Sum : public Adapter {
 class SumMethod : public AdapterMethod {
  public:
   void check(const std::string&, int64_t, int64_t) const override {}
+  nlohmann::json settings() const override { return nlohmann::json::object(); }
   std::unique_ptr<Adapter> attach(std::vector<Target> targets,
                                   const AttachOptions&) const override {
     return std::make_unique<Sum>(std::move(targets));

@@ -103,16 +103,17 @@ TEST(EtherPlus, NoBlockIsFurtherThanRootTwoFromTheIdentity) {
 }
 
 TEST(Ether, TheVectorsStartAsLongAsTheKeysSay) {
-  const auto start = [](std::vector<std::string> more, const std::string& name) {
+  const auto start = [](std::vector<std::string> more, model::Role role) {
     MethodCase c = ether("input");
     c.columns = 2000;
-    c.name = name;
+    c.role = role;
     c.overrides.insert(c.overrides.end(), more.begin(), more.end());
     return MethodAtWork(c, {}).parameters->parameters()[0].value.detach().clone();
   };
-  const std::string query = "model.layers.0.self_attn.q_proj.weight", up = "mlp.up_proj.weight";
+  const model::Role query = model::kQuery, value = model::kValue, up = model::kUp;
   const auto largest = [](const at::Tensor& t) { return t.abs().max().item<double>(); };
   EXPECT_NEAR(largest(start({}, query)), std::sqrt(1.0 / 2000), 1e-3 * std::sqrt(1.0 / 2000) * 5);
+  EXPECT_NEAR(largest(start({}, value)), std::sqrt(1.0 / 2000), 1e-3 * std::sqrt(1.0 / 2000) * 5);
   EXPECT_NEAR(largest(start({}, up)), std::sqrt(2.0 / 2000), 1e-3 * std::sqrt(2.0 / 2000) * 5);
   EXPECT_NEAR(largest(start({"retrain.init=kaiming"}, query)), std::sqrt(2.0 / 2000), 1e-3);
   const at::Tensor norms = start({"retrain.start_norm=0.25"}, query).norm(2, {1});
@@ -123,7 +124,7 @@ TEST(Ether, BadShapesAndKeysAreRefused) {
   expect_shape_refused({"retrain=ether", "retrain.blocks=5"}, 10, 8, {"retrain.blocks = 5", "8"});
   expect_shape_refused({"retrain=ether_plus", "retrain.blocks=4"}, 10, 8, {"10 outputs"});
   expect_refused({"retrain=ether", "retrain.side=left"}, {"retrain.side", "output"});
-  expect_refused({"retrain=ether", "retrain.merge=beside"}, {"retrain.merge", "beside"});
+  EXPECT_FALSE(configured({"retrain=ether"})->additive());  // merge: beside is refused for that
   expect_refused({"retrain=ether", "retrain.init=zero"}, {"retrain.init", "kaiming"});
   expect_refused({"retrain=ether", "retrain.start_norm=0"}, {"retrain.start_norm"});
 }

@@ -67,6 +67,7 @@ struct MethodCase {
   bool dropout_of_everything = false;  ///< dropout acts on all of x, not on the added terms' alone
   std::string name = "model.layers.0.mlp.up_proj.weight";
   int64_t rows = 12, columns = 8;
+  model::Role role = model::kUp;
 };
 
 /// The method at one random matrix, its parameters moved away from the start.
@@ -86,6 +87,7 @@ class MethodAtWork {
     method = configured(overrides);
     at::manual_seed(1);
     target.name = c.name;
+    target.role = c.role;
     target.weight = at::randn({c.rows, c.columns}).to(setting.type);
     x = at::randn({kTokens, c.columns}).to(setting.type);
     dy = at::randn({kTokens, c.rows}).to(setting.type);

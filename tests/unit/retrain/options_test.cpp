@@ -2,9 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "pipeline/config/compose.h"
 #include "pipeline/errors.h"
 #include "stages/retrain/adapter.h"
+#include "tests/unit/retrain/configured_method.h"
 
 namespace espalier::retrain {
 namespace {
@@ -57,6 +60,7 @@ TEST(RetrainOptions, ContradictionsAreRefusedAtTheirKey) {
   expect_refused({"retrain.dropout=1.0"}, {"retrain.dropout", "[0, 1)"});
   expect_refused({"retrain.method=sp"}, {"retrain.method", "'sp'", "spp"});
   expect_refused({"retrain.init=ones"}, {"retrain.init", "zero, random"});
+  expect_refused({"retrain.residual=false", "retrain.init=random"}, {"retrain.init", "ones"});
   expect_refused({"+retrain.row_group=8"}, {"row_group", "row_groups"});
 }
 
@@ -87,10 +91,27 @@ TEST(RetrainOptions, ValidationIsReadWithItsDefaults) {
 }
 
 TEST(RetrainOptions, OnlyWhatTheParametersMeanBelongsToTheirSettings) {
-  const auto settings = [](const std::string& key) { return read({key}).settings; };
+  const auto settings = [](const std::string& key) { return configured({key})->settings(); };
   EXPECT_EQ(settings("retrain.dropout=0.3"), settings("retrain.init=random"));
   EXPECT_EQ(settings("retrain.learning_rate=0.1"), settings("retrain.steps=3"));
   EXPECT_NE(settings("retrain.scale=3"), settings("retrain.dropout=0.3"));
+}
+
+TEST(RetrainOptions, SettingsAreTheValuesThatWereReadHoweverTheyAreWritten) {
+  for (const std::string& method : adapter_names()) {
+    // Every key of the settings is one that the method reads.
+    const std::vector<std::string> keys = adapter_keys(method);
+    const nlohmann::json settings = configured({"retrain=" + method})->settings();
+    for (const auto& [key, value] : settings.items())
+      EXPECT_NE(std::find(keys.begin(), keys.end(), key), keys.end()) << method << " " << key;
+  }
+  const auto lora = [](std::vector<std::string> more) {
+    more.insert(more.begin(), "retrain=lora");
+    return configured(more)->settings();
+  };
+  EXPECT_EQ(lora({"retrain.alpha=16"}), lora({"retrain.alpha=16.0"}));
+  EXPECT_EQ(lora({"~retrain.alpha"}), lora({}));
+  EXPECT_NE(lora({"retrain.alpha=17"}), lora({}));
 }
 
 }  // namespace

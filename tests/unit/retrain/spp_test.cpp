@@ -121,6 +121,18 @@ TEST(Spp, WithDropoutToo) {
   expect_same_gradients(options, at::kBFloat16, 8e-3);
 }
 
+TEST(Spp, NothingIsDroppedOnEitherWayWhereAUnitOnlyMeasures) {
+  SppOptions options = small();
+  options.dropout = 0.3;
+  Fixture f(options, at::kFloat);
+  f.key.evaluating = true;
+  f.move_away();
+  const Gradients a = ours(f), b = theirs(f);
+  EXPECT_LT(distance(a.y, b.y), 2e-6);
+  EXPECT_LT(distance(a.x, b.x), 2e-6);
+  EXPECT_LT(distance(a.alpha, b.alpha), 2e-6);
+}
+
 TEST(Spp, TheAblationsToo) {
   SppOptions options = small();
   options.beta = false;
