@@ -28,7 +28,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 /// Changes with the meaning of what stages leave.
-constexpr const char* kNumericsVersion = "espalier 2";
+constexpr const char* kNumericsVersion = "espalier 3";
 
 struct Running {
   const Shared& shared;
