@@ -24,8 +24,8 @@ void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 /// out[i] = a[i] b[i] of tensors [batch, rows, columns], contiguous or with the last two swapped.
 void batched_product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
-/// y[tokens, out] = x[tokens, in] weight[out, in]^T + bias[out]; in x's type. Differentiable in x
-/// and bias (weights are frozen).
+/// y[tokens, out] = x[tokens, in] weight[out, in]^T + bias[out]; in x's type. Differentiable in x,
+/// weight and bias.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias = {});
 

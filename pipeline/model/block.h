@@ -62,9 +62,9 @@ using LinearHook =
 /// linalg::linear.
 LinearHook plain_linear();
 
-/// hidden_states [tokens, hidden] through one block; a new tensor. Differentiable in hidden_states
-/// and in whatever the hook brings in, in the norms and in biases that ask for it; the block's
-/// matrices are frozen.
+/// hidden_states [tokens, hidden] through one block; a new tensor. Differentiable in hidden_states,
+/// in whatever the hook brings in, and in every tensor of the block that asks for it, but those of
+/// linear layers only as the hook is.
 at::Tensor block_forward(const Architecture& architecture, const BlockWeights& block,
                          const at::Tensor& hidden_states, const UnitShape& unit,
                          const RotaryTable& rotary, const LinearHook& linear);

@@ -257,8 +257,9 @@ def test_heads_leave_an_adapter_beside_or_the_pruning_is_refused(labelled, tmp_p
     words = labelled.arguments(tmp_path / "run", *HEADED, "pipeline=[retrain,prune,evaluate,retrain_again,evaluate]",
                                f"retrain={method}", f"retrain@retrain_again={method}", "retrain.merge=beside",
                                "retrain_again.merge=beside", "retrain_again.steps=0", "retrain_again.validate=null",
-                               "discover.cardinality=6", "~retrain_again.cardinality",
-                               *([] if method == "lora" else ["~retrain_again.alpha"]))
+                               "retrain.warmup_steps=null", "retrain_again.warmup_steps=null",
+                               "discover.cardinality=6", "retrain_again.cardinality=null",
+                               *([] if method == "lora" else ["retrain_again.alpha=null"]))
     words = [word for word in words if not word.startswith(("retrain.cardinality", "pipeline=[discover"))]
     ended = run(*words, ranks=2)
     if method == "vera":
