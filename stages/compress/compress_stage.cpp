@@ -4,6 +4,7 @@
 
 #include "pipeline/driver/spread.h"
 #include "pipeline/driver/stage.h"
+#include "pipeline/driver/stage_hooks.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/checksum.h"
@@ -169,13 +170,9 @@ class CompressStage : public driver::Stage {
     const auto fine_tuned = io::Checkpoint::open(
         options_.fine_tuned == "previous" ? context.input_model : fs::path(options_.fine_tuned));
     for (const io::Checkpoint& model : {base, fine_tuned}) refuse_terms(model);
-    const Hooks hooks{[&](const std::string& what, int64_t total, int64_t done) {
-                        context.progress.start(what, total, done);
-                      },
-                      [&](int64_t done) { context.progress.advance(done); },
-                      [&] { return driver::stop_requested(run.group); }};
-    const nlohmann::json metrics = compress_model(base, fine_tuned, context.directory, settings,
-                                                  run.group, *run.workers, hooks);
+    const nlohmann::json metrics =
+        compress_model(base, fine_tuned, context.directory, settings, run.group, *run.workers,
+                       driver::hooks_of(context));
     context.progress.finish();
     // The decoded model stands on the base, whose head may be of other classes.
     if (run.group.is_root()) model::carry_label_names(fine_tuned, context.directory / "model");

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "pipeline/driver/stage.h"
+#include "pipeline/driver/stage_hooks.h"
 #include "pipeline/driver/text_table.h"
 #include "pipeline/errors.h"
 #include "stages/discover/index_sets.h"
@@ -57,16 +58,11 @@ class DiscoverStage : public driver::Stage {
     const driver::RunContext& run = context.run;
     const auto checkpoint = io::Checkpoint::open(context.input_model);
     const model::Architecture architecture = model::read_architecture(checkpoint);
-    const driver::Hooks hooks{[&](const std::string& what, int64_t total, int64_t done) {
-                                context.progress.start(what, total, done);
-                              },
-                              [&](int64_t done) { context.progress.advance(done); },
-                              [&] { return driver::stop_requested(run.group); }};
     driver::StageResult result;
     result.metrics =
         discover_index_sets(checkpoint, architecture, target_matrices(architecture, targets_),
                             {method_name_, *method_, cardinality_, run.seed}, context.directory,
-                            run.group, *run.workers, hooks);
+                            run.group, *run.workers, driver::hooks_of(context));
     result.model = context.input_model;
     context.progress.finish();
     if (run.group.is_root())

@@ -28,8 +28,8 @@ void mark_smallest_in_groups(const float* score, int64_t rows, int64_t columns,
 /// w = pruned ? 0 : w.
 void apply_mask(float* weights, const uint8_t* pruned, int64_t count);
 
-/// SparseGPT's scores of columns [first, first + width) of a tile: w^2 / R_jj^2, with the weights
-/// as updated so far; 0 where `pruned` is already set (zeros of a sparse model, which go first).
+/// SparseGPT's scores of columns [first, first + width) of a tile: w^2 / R_jj^2 (FLT_MIN at least),
+/// weights as updated so far; 0 where `pruned` is already set (zeros of a sparse model go first).
 /// score [rows, width] contiguous.
 void sparsegpt_scores(const float* weights, int64_t rows, int64_t columns, const float* factor,
                       int64_t first, int64_t width, const uint8_t* pruned, float* score);

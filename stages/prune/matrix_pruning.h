@@ -5,8 +5,8 @@
 /// workers take its tiles one by one. A tile's bits depend on neither. The prune_* functions are
 /// collective, change this rank's tiles only (weight and mask), and leave the rest to gather_rows.
 ///
-/// keep_zeros: entries that are 0 beforehand have score 0, so that they go first; all of them are
-/// marked in the mask, also those beyond the pattern's count, and stay exactly 0.
+/// keep_zeros: entries that are 0 beforehand have score 0, all others more, so that they go first;
+/// all are marked in the mask, also those beyond the pattern's count, and stay exactly 0.
 ///
 /// Each task has its own pattern. All throw UserError when a K:M pattern does not divide a matrix's
 /// inputs, and NumericalError naming the matrix when a weight is NaN or Inf.

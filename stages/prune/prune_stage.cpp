@@ -28,6 +28,9 @@
 namespace espalier::prune {
 namespace {
 
+/// Part of the stage's key: another one where the same settings give other masks or weights.
+constexpr const char* kNumericsVersion = "prune 2";
+
 class PruneStage : public driver::Stage {
  public:
   explicit PruneStage(const config::Section& section)
@@ -51,6 +54,7 @@ class PruneStage : public driver::Stage {
                                        run.calibration_data.string()));
     return plan;
   }
+  std::string checksum_of_inputs() const override { return kNumericsVersion; }
   std::vector<std::filesystem::path> token_sets(const driver::RunContext& run) const override {
     if (!needs_calibration()) return {};
     return {run.calibration_data};
