@@ -47,15 +47,11 @@ dsee_table() {
 }
 
 lora_xs_table() {
-  local row smallest="cell=lora_xs retrain.adapter_rank=4 retrain.scale=4.0"
+  local smallest="cell=lora_xs retrain.adapter_rank=4"
   glue task=sst2 $seeds cell=full,lora,vera
   glue task=cola run.seed=0 cell=full,lora,vera
-  for row in 4:4.0 8:2.0 12:1.3333 16:1.0 20:0.8 25:0.64; do   # scale = 16 / adapter_rank
-    glue task=sst2 $seeds cell=lora_xs "retrain.adapter_rank=${row%:*}" "retrain.scale=${row#*:}"
-  done
-  for row in 4:4.0 16:1.0 25:0.64; do
-    glue task=cola run.seed=0 cell=lora_xs "retrain.adapter_rank=${row%:*}" "retrain.scale=${row#*:}"
-  done
+  glue task=sst2 $seeds cell=lora_xs retrain.adapter_rank=4,8,12,16,20,25
+  glue task=cola run.seed=0 cell=lora_xs retrain.adapter_rank=4,16,25
   glue task=sst2 $seeds $smallest retrain.init=svd_random,random
   glue task=sst2 $seeds $smallest retrain.subspace=middle,bottom
   glue task=sst2 $seeds $smallest retrain.subspace=top,middle,bottom retrain.sigma=false

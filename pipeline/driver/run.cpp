@@ -20,6 +20,7 @@
 #include "pipeline/io/checksum.h"
 #include "pipeline/io/manifest.h"
 #include "pipeline/linalg/product.h"
+#include "pipeline/model/added_terms.h"
 
 namespace espalier::driver {
 namespace {
@@ -256,7 +257,9 @@ void run_entry(Running& running, const Entry& entry) {
   const auto& group = running.run.group;
   const std::string key = key_of(running, entry);
   const fs::path input = running.model_of(entry.from);
-  if (entry.kind == "retrain") running.models["retrain.input"] = input;
+  // A model with an adapter beside its matrices is no base: one that merges it took no other start.
+  if (entry.kind == "retrain" && model::matrices_with_terms(io::Checkpoint::open(input)).empty())
+    running.models["retrain.input"] = input;
   if (!stands(running, entry, key)) {
     Progress progress(entry.directory,
                       group.is_root() ? running.run.directory / "metrics.jsonl" : fs::path());

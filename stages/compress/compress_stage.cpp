@@ -62,13 +62,15 @@ Options read_options(const Section& section) {
     read_sum(section, options);
   } else {
     method_of(settings.method).read(section, settings);
+    settings.fill_zeros =
+        !section.is_null("zeros") && section.choice("zeros", {"keep", "fill"}) == "fill";
     refuse_keys(section, {"residuals", "weights"}, "only compress.method=sum adds residuals");
     if (!section.is_null("vectors") &&
         section.choice("vectors", {"float16", "float32"}) == "float32")
       settings.vectors = at::kFloat;
   }
   options.from_start = section.text_or("from", "") == "start";
-  section.allow({"stage", "method", "vectors"});
+  section.allow({"stage", "method", "vectors", "zeros"});
   section.finish();
   return options;
 }
@@ -89,8 +91,8 @@ void refuse_terms(const io::Checkpoint& model) {
   if (!matrices.empty())
     throw UserError(fmt::format(
         "{}: an adapter stands beside {} and {} more matrices, and compress takes the difference "
-        "of "
-        "matrices; put a retrain stage with steps: 0, adapter: previous and merge: dense before it",
+        "of matrices; put a retrain stage with steps: 0, adapter: previous and merge: dense before "
+        "it, or name another compress.base",
         model.directory().string(), matrices.front(), matrices.size() - 1));
 }
 
@@ -167,9 +169,11 @@ class CompressStage : public driver::Stage {
     Settings settings = options_.settings;
     settings.dtype = run.dtype;
     settings.seed = run.seed;
-    const auto fine_tuned = io::Checkpoint::open(
+    const auto given = io::Checkpoint::open(
         options_.fine_tuned == "previous" ? context.input_model : fs::path(options_.fine_tuned));
-    for (const io::Checkpoint& model : {base, fine_tuned}) refuse_terms(model);
+    for (const io::Checkpoint& model : {base, given}) refuse_terms(model);
+    // A merged adapter leaves empty terms, which are no tensors of the model.
+    const io::Checkpoint fine_tuned = given.without(model::is_term);
     const nlohmann::json metrics =
         compress_model(base, fine_tuned, context.directory, settings, run.group, *run.workers,
                        driver::hooks_of(context));

@@ -60,6 +60,7 @@ class Compressor {
     group.barrier();  // the journal's directory is there
     tied_ = tied_tensors(base, fine_tuned);
     matrices_ = changed_matrices(base, fine_tuned, tied_, group, workers);
+    if (!settings.fill_zeros) require_zeros(base, fine_tuned, matrices_);
     if (group.is_root()) {
       whole_ = whole_tensors(base, fine_tuned, tied_, settings.vectors);
       added_ = added_rows(base, fine_tuned, tied_);

@@ -8,6 +8,7 @@
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/json.h"
+#include "pipeline/model/added_terms.h"
 #include "pipeline/model/heads.h"
 #include "stages/compress/spectrum.h"
 
@@ -52,7 +53,12 @@ bool changed(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
 
 /// Elements that tell most pairs of different tensors apart.
 constexpr int64_t kGlance = 64;
-constexpr int64_t kChanged = 1, kMaskPreserving = 2;
+constexpr int64_t kChanged = 1, kMaskPreserving = 2, kFillsZeros = 4;
+
+/// So many zeros are a mask, not numbers that happen to be zero.
+bool fills_zeros(const Tensor& base, const Tensor& fine_tuned) {
+  return (fine_tuned == 0).logical_and_(base != 0).sum().item<int64_t>() * 16 >= base.numel();
+}
 
 /// Null: the model has all its heads.
 nlohmann::json heads_of(const io::Checkpoint& checkpoint) {
@@ -92,6 +98,7 @@ std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
   refuse_other_heads(base, fine_tuned);
   for (const std::string& name : base.names()) {
+    if (model::is_term(name)) continue;  // an empty one; compress refuses a base with others
     if (!fine_tuned.has(name))
       throw UserError(
           fmt::format("{}: {} of the base {} is missing; a residual can change and add tensors, "
@@ -166,7 +173,8 @@ std::vector<MatrixPair> changed_matrices(const io::Checkpoint& base,
     const Tensor ours = base.view(pairs[i].name),
                  theirs = common_rows(fine_tuned.view(pairs[i].name), pairs[i].shape);
     if (differ(ours, theirs))
-      facts[i] = kChanged | (zeros_survive(ours, theirs) ? kMaskPreserving : 0);
+      facts[i] = kChanged | (zeros_survive(ours, theirs) ? kMaskPreserving : 0) |
+                 (fills_zeros(ours, theirs) ? kFillsZeros : 0);
     base.drop(pairs[i].name);
     fine_tuned.drop(pairs[i].name);
   });
@@ -175,9 +183,24 @@ std::vector<MatrixPair> changed_matrices(const io::Checkpoint& base,
   for (size_t i = 0; i < pairs.size(); ++i) {
     if (facts[i] == 0) continue;
     pairs[i].mask_preserving = (facts[i] & kMaskPreserving) != 0;
+    pairs[i].fills_zeros = (facts[i] & kFillsZeros) != 0;
     changed.push_back(std::move(pairs[i]));
   }
   return changed;
+}
+
+void require_zeros(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+                   const std::vector<MatrixPair>& pairs) {
+  const auto filled = [](const MatrixPair& pair) { return pair.fills_zeros; };
+  const auto first = std::find_if(pairs.begin(), pairs.end(), filled);
+  if (first == pairs.end()) return;
+  throw UserError(fmt::format(
+      "{}: {} and {} more matrices are pruned, and the base {} has numbers in their zeros, which a "
+      "decoded residual would fill; give as compress.base the pruned model before it was retrained "
+      "(the prune stage's; where an adapter stands beside that, an export of it), or "
+      "compress.zeros=fill",
+      fine_tuned.directory().string(), first->name,
+      std::count_if(pairs.begin(), pairs.end(), filled) - 1, base.directory().string()));
 }
 
 std::vector<WholeTensor> whole_tensors(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,

@@ -22,6 +22,8 @@ struct MatrixPair {
   std::vector<int64_t> shape;
   int64_t rows = 0, columns = 0;  ///< folded
   bool mask_preserving = false;   ///< the base has zeros and the fine-tuned tensor keeps them all
+  bool fills_zeros =
+      false;  ///< a sixteenth of the fine-tuned tensor or more is zero where the base is not
 
   /// What its decomposition costs, up to a constant.
   double predicted_cost() const {
@@ -57,6 +59,10 @@ std::vector<MatrixPair> changed_matrices(const io::Checkpoint& base,
                                          const io::Checkpoint& fine_tuned,
                                          const std::vector<TiedTensor>& tied,
                                          const comm::Communicator& group, Workers& workers);
+
+/// Throws UserError naming the first matrix that decoding would fill.
+void require_zeros(const io::Checkpoint& base, const io::Checkpoint& fine_tuned,
+                   const std::vector<MatrixPair>& pairs);
 
 /// Tensors of fewer than two dimensions that differ (floating point: as `vectors`, float16 or
 /// float32; a tensor that float16 cannot hold stays float32), integers that differ, and tensors

@@ -17,6 +17,7 @@ struct Settings {
   std::string allocation = "paper";
   double prior = 0.5;
   bool polar = true;
+  bool fill_zeros = false;               ///< where the base has numbers and the model a mask
   at::ScalarType vectors = at::kHalf;    ///< float16 or float32
   at::ScalarType dtype = at::kBFloat16;  ///< of the decoded model
   uint64_t seed = 0;

@@ -166,10 +166,19 @@ std::unique_ptr<Adapter> LoraXsMethod::attach(std::vector<Target> targets,
   return make_matrix_adapter(std::move(matrices));
 }
 
+/// Stated, or alpha / r, which ranks of a sweep can share.
+double scale_of(const config::Section& section, int64_t rank) {
+  const auto scale = section.optional_number("scale", {.low = 0, .low_open = true});
+  const auto alpha = section.optional_number("alpha", {.low = 0, .low_open = true});
+  if (scale && alpha)
+    section.fail("scale", "is alpha / adapter_rank where alpha is set; set one to null");
+  return alpha ? *alpha / static_cast<double>(rank) : scale.value_or(1);
+}
+
 std::unique_ptr<AdapterMethod> read_lora_xs(const config::Section& section) {
   LoraXsOptions options;
   options.rank = section.integer_or("adapter_rank", options.rank, {.low = 1});
-  options.added.scale = section.number_or("scale", 1, {.low = 0, .low_open = true});
+  options.added.scale = scale_of(section, options.rank);
   options.added.dropout = section.number_or("dropout", 0, {.low = 0, .high = 1, .high_open = true});
   options.init = section.choice("init", {"svd", "svd_random", "random"});
   options.subspace = section.choice("subspace", {"top", "middle", "bottom"});
@@ -182,7 +191,9 @@ std::unique_ptr<AdapterMethod> read_lora_xs(const config::Section& section) {
 }
 
 const AdapterRegistration registration{
-    "lora_xs", read_lora_xs, {"adapter_rank", "scale", "dropout", "init", "subspace", "sigma"}};
+    "lora_xs",
+    read_lora_xs,
+    {"adapter_rank", "scale", "alpha", "dropout", "init", "subspace", "sigma"}};
 
 }  // namespace
 

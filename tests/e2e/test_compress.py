@@ -223,3 +223,35 @@ def test_a_model_without_heads_needs_a_base_without_them(files, tmp_path):
     ended = run(*words, "compress.base=start", ranks=2)
     assert ended.code == 2 and len(ended.messages) == 1, str(ended)
     assert all(word in ended.messages[0] for word in ["heads.json", "compress.base", str(files.model)]), ended.messages
+
+
+def test_zeros_of_a_pruned_model_are_not_filled_unless_that_is_asked_for(files, tmp_path):
+    words = ["pipeline=[prune,compress]", "prune=magnitude", f"model.path={files.model}", *COMPRESS, *ERE]
+    ended = run(*words, f"run.dir={tmp_path / 'kept'}", ranks=2)
+    assert ended.code == 2 and len(ended.messages) == 1, str(ended)
+    assert all(word in ended.messages[0] for word in ["compress.base", "compress.zeros=fill", str(files.model)])
+    run_well(*words, f"run.dir={tmp_path / 'filled'}", "compress.zeros=fill")
+    zeros = [(tensors(tmp_path / "filled" / stage / "model", files.model)["model.layers.0.mlp.up_proj.weight"] == 0).sum()
+             for stage in ("01-prune", "02-compress")]
+    assert zeros[0] > 0 and zeros[1] == 0
+
+
+def test_a_merged_adapter_is_compressed_against_what_it_was_trained_on(files, tmp_path):
+    """The stage that merges takes a model with an adapter beside its matrices: that is no base."""
+    merge = ("+merge={stage: retrain, method: lora, steps: 0, adapter: previous, merge: dense, learning_rate: 1e-4, "
+             "adapter_rank: 4, alpha: 8.0, targets: [q_proj], batch_size: 4, sequence_length: 64}")
+    run_well("pipeline=[retrain,merge,compress,evaluate,export]", f"run.dir={tmp_path / 'run'}", "retrain=lora",
+             "retrain.merge=beside", "retrain.adapter_rank=4", "retrain.alpha=8.0", "retrain.targets=[q_proj]",
+             "retrain.steps=4", "retrain.batch_size=4", "retrain.sequence_length=64", "retrain.warmup_steps=null",
+             "retrain.learning_rate=1e-2", merge, f"model.path={files.model}", f"data.train={files.train}",
+             f"evaluate.tasks.text.data={files.held_out}", "evaluate.tasks.text.sequence_length=64", *COMPRESS,
+             "compress=low_rank", "compress.rank=8")
+    metrics = json.loads((tmp_path / "run/03-compress/metrics.json").read_text())
+    assert metrics["base"] == str(files.model)
+    assert {matrix["name"].split(".")[-2] for matrix in metrics["matrices"]} == {"q_proj"}
+    merged, decoded = (tensors(tmp_path / "run" / stage / "model", files.model) for stage in ("02-merge", "03-compress"))
+    exported = load_file(tmp_path / "run/05-export/model/model.safetensors")
+    assert not any(".added." in name for name in exported)
+    for name, tensor in load_file(files.model / "model.safetensors").items():
+        change = (merged[name] - tensor).norm()
+        assert (decoded[name] - merged[name]).norm() <= 2e-3 * change, name

@@ -21,6 +21,7 @@ MethodCase lora_xs(std::vector<std::string> more = {}) {
 TEST(LoraXs, OutputsGradientsAndMergeAreTheFormulas) {
   expect_follows_formula(lora_xs());
   expect_follows_formula(lora_xs({"retrain.init=random"}));
+  expect_follows_formula(lora_xs({"retrain.scale=null", "retrain.alpha=4.5"}));  // 4.5 / 3
 }
 
 at::Tensor base(const MethodAtWork& at_work, const std::string& which) {
