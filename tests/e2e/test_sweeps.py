@@ -348,7 +348,8 @@ def test_a_member_that_diverges_is_passed_over_by_the_next_start(words, ranks):
 
 
 def test_paths_and_many_words_among_the_overrides_still_name_one_directory_a_member(words, files):
-    many = ",".join(f'"model.layers.{index}.mlp.*"' for index in range(20))
+    layers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    many = ",".join(f'"model.layers.{block}.{layer}"' for block in range(3) for layer in layers)
     run_well(*words, "pipeline=[prune]", "-m", f"model.path={files.model}", f"prune.exclude=[{many}]",
              "prune.sparsity=0.3,0.4", "prune.pattern=unstructured")
     members = sorted(SWEEP.glob("*/config.yaml"))
