@@ -62,7 +62,7 @@ class Member:
         return [metrics for entry, metrics in self.stages if "tasks" in metrics and entry.startswith("evaluate")]
 
     def scores(self, evaluation: int) -> dict[str, tuple[str, float]]:
-        """By column its metric and the value. GLUE's tasks are all called labels: there the column is the task chosen."""
+        """By column its metric and the value. GLUE's tasks are all called labels: there the column is the task."""
         all_of = self.evaluations()
         index = evaluation - 1 if evaluation > 0 else evaluation
         if not -len(all_of) <= index < len(all_of):
@@ -171,6 +171,8 @@ def score_table(cells: dict, arguments: argparse.Namespace) -> str:
             for column, (metric, value) in member.scores(arguments.evaluation).items():
                 scores.setdefault(cell, {}).setdefault(column, []).append(value)
                 metrics.setdefault(column, metric)
+    if not scores:
+        sys.exit(f"espalier: --evaluation {arguments.evaluation}: no member has so many evaluations")
     usual = statistics.mode([len(values) for of_cell in scores.values() for values in of_cell.values()])
     rows = []
     for cell, of_cell in scores.items():
@@ -179,6 +181,11 @@ def score_table(cells: dict, arguments: argparse.Namespace) -> str:
             values = [value for member in cells[cell] if (value := member.figure(name)) is not None]
             row.append(number_text(name, statistics.mean(values)) if values else "–")
         rows.append(row)
+    unknown = [name for name in arguments.figures if all(member.figure(name) is None for members in cells.values()
+                                                         for member in members)]
+    if unknown:
+        sys.exit(f"espalier: --figures {' '.join(unknown)}: no member has it; names are ENTRY.KEY of metrics.json "
+                 f"(retrain.trainable_parameters), and seconds")
     names = [name.rpartition(".")[2].replace("_", " ") for name in arguments.figures]
     return table(["cell", *metrics, *names], rows)
 

@@ -119,8 +119,11 @@ std::string describe_groups(const std::filesystem::path& directory) {
   Repository repository(directory);
   std::string text = "== Configurations (--config-name NAME) ==\n";
   text += join(repository.choices(""), ", ") + "\n\n== Groups (group=choice) ==\n";
-  for (const auto& group : repository.groups())
-    text += group + ": " + join(repository.choices(group), ", ") + "\n";
+  for (const auto& group : repository.groups()) {
+    std::vector<std::string> choices = repository.choices(group);
+    std::erase(choices, "base");  // what the choices of a group share, and none itself
+    text += group + ": " + join(choices, ", ") + "\n";
+  }
   text += "\n== Keys (key=value) ==\n";
   try {
     Request request;
