@@ -108,7 +108,9 @@ done
 [ ${#tables[@]} -gt 0 ] || fail "tables.sh takes a table: ${TABLES[*]}, or all"
 
 # Members whose figures left the finite range: each ends a start, and the next start passes over it.
-diverged() { find outputs -path '*-sweep/*/failure.json' -exec grep -l '"numerical": true' {} + 2>/dev/null | wc -l; }
+diverged() {
+  { find outputs -path '*-sweep/*/failure.json' -exec grep -l '"numerical": true' {} + 2>/dev/null || true; } | wc -l
+}
 
 # left_out NAME WORD...: whether the person's overrides ask for nothing of this sweep: none of the values that it
 # has for a key, or a task of GLUE where it is SmolLM2's.

@@ -110,11 +110,11 @@ void run_sweep(const CommandLine& line, std::optional<comm::Communicator>& group
     Sweep& sweep =
         sweeps.try_emplace(directory, Sweep{driver::SharedStages(directory)}).first->second;
     sweep.members.push_back(member_of(members[i], overrides[i]));
-    const std::string failure = driver::diverged_before(members[i], *group);
-    if (failure.empty())
+    try {
       driver::carry_out(members[i], *group, &sweep.shared);
-    else
-      diverged += "\n  " + failure;
+    } catch (const driver::Diverged& failure) {
+      diverged += fmt::format("\n  {}", failure.what());
+    }
   }
   for (const auto& [directory, sweep] : sweeps)
     if (group->is_root()) driver::write_summary(directory, sweep.members);

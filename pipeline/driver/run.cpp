@@ -42,6 +42,8 @@ struct Running {
   /// What `models` are, by the same names: the key of the stage that made the model.
   std::map<std::string, std::string> model_keys = {};
   std::map<std::string, std::string> stages = {};  ///< directories of the entries so far, by key
+  std::string key = {};                            ///< of the entry at work
+  json failure = {};  ///< failure.json of an earlier start, of a sweep's member; null: none
 
   fs::path model_of(const std::string& entry) const {
     const auto found = models.find(entry);
@@ -253,9 +255,21 @@ void compute(const Running& running, const Entry& entry, const std::string& key,
   finish(running, entry, key, manifest);
 }
 
+/// Throws Diverged when an earlier start of a sweep's member ended in this very computation.
+void pass_over(const Running& running) {
+  const json& failure = running.failure;
+  if (!failure.is_object() || !failure.value("numerical", false) ||
+      failure.value("key", "") != running.key)
+    return;
+  throw Diverged(fmt::format("{}: {}: {} (it is tried again when its failure.json is removed)",
+                             running.run.directory.string(), failure.value("stage", ""),
+                             failure.value("message", "")));
+}
+
 void run_entry(Running& running, const Entry& entry) {
   const auto& group = running.run.group;
   const std::string key = key_of(running, entry);
+  running.key = key;
   const fs::path input = running.model_of(entry.from);
   // A model with an adapter beside its matrices is no base: one that merges it took no other start.
   if (entry.kind == "retrain" && model::matrices_with_terms(io::Checkpoint::open(input)).empty())
@@ -263,7 +277,10 @@ void run_entry(Running& running, const Entry& entry) {
   if (!stands(running, entry, key)) {
     Progress progress(entry.directory,
                       group.is_root() ? running.run.directory / "metrics.jsonl" : fs::path());
-    if (!taken_over(running, entry, key, progress)) compute(running, entry, key, input, progress);
+    if (!taken_over(running, entry, key, progress)) {
+      pass_over(running);
+      compute(running, entry, key, input, progress);
+    }
   }
   group.barrier();
   const fs::path left = agreed_model(running, entry, input);
@@ -285,13 +302,22 @@ void write_failure(const Running& running, const Entry& entry,
                    json{{"stage", entry.directory},
                         {"message", error.what()},
                         {"numerical", dynamic_cast<const NumericalError*>(&error) != nullptr},
-                        {"numerics", kNumericsVersion},
+                        {"key", running.key},
                         {"rank", running.run.group.rank()},
                         {"time", std::chrono::duration<double>(now).count()}}
                            .dump(2) +
                        "\n");
   } catch (...) {
   }
+}
+
+/// failure.json as it lies there; null without one, or for a run that is to begin anew. Collective.
+json earlier_failure(const Shared& shared, const comm::Communicator& group) {
+  const fs::path file = shared.run_directory / "failure.json";
+  const bool wanted = group.is_root() && shared.resume && fs::exists(file);
+  const json failure =
+      json::parse(group.broadcast(wanted ? io::read_file(file) : "null"), nullptr, false);
+  return failure.is_discarded() ? json() : failure;
 }
 
 /// What the first key stands on: the model and the seed.
@@ -357,6 +383,7 @@ void carry_out(const config::Composition& composition, comm::Communicator group,
                SharedStages* siblings) {
   Prepared prepared(composition, group, siblings);
   const Shared& shared = prepared.shared;
+  if (siblings != nullptr) prepared.running.failure = earlier_failure(shared, group);
   if (group.is_root()) open_run_directory(composition, shared, group);
   group.barrier();
   const fs::path environment = shared.run_directory / "environment.json";
@@ -366,6 +393,11 @@ void carry_out(const config::Composition& composition, comm::Communicator group,
     try {
       run_entry(prepared.running, entry);
     } catch (const Requeue&) {
+      throw;
+    } catch (const Diverged&) {
+      if (group.is_root())
+        io::write_file(shared.run_directory / "failure.json",
+                       prepared.running.failure.dump(2) + "\n");
       throw;
     } catch (const std::exception& error) {
       write_failure(prepared.running, entry, error);
@@ -379,22 +411,6 @@ void check(const config::Composition& composition, comm::Communicator group) {
   const Prepared prepared(composition, group, nullptr);
   if (group.is_root()) check_run_directory(composition, prepared.shared);
   group.barrier();
-}
-
-std::string diverged_before(const config::Composition& composition,
-                            const comm::Communicator& group) {
-  std::string found;
-  if (group.is_root()) {
-    const config::Section run = composition.root().child("run");
-    const fs::path directory = run.text("dir"), file = directory / "failure.json";
-    const json failure =
-        fs::exists(file) ? json::parse(io::read_file(file), nullptr, false) : json::object();
-    if (run.flag_or("resume", true) && failure.is_object() && failure.value("numerical", false) &&
-        failure.value("numerics", "") == kNumericsVersion)
-      found = fmt::format("{}: {}: {} (run.resume=false tries again)", directory.string(),
-                          failure.value("stage", ""), failure.value("message", ""));
-  }
-  return group.broadcast(found);
 }
 
 void plan(const config::Composition& composition, comm::Communicator group) {

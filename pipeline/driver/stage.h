@@ -43,8 +43,8 @@ struct StageContext {
   std::filesystem::path directory;    ///< <run.dir>/03-prune
   std::filesystem::path input_model;  ///< a checkpoint or a derived model directory
   Progress& progress;
-  /// The model a pipeline entry left ("start", "evaluate#2", "retrain"); the model the last retrain
-  /// stage took is "retrain.input".
+  /// The model a pipeline entry left ("start", "evaluate#2", "retrain"); "retrain.input" is the
+  /// last that a retrain stage took without an adapter beside its matrices.
   std::function<std::filesystem::path(const std::string& entry)> model_of;
 
   /// Everything a unit of work may be resumed from; not part of the outputs, removed at the end.

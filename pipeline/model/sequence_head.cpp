@@ -230,7 +230,21 @@ void write_label_names(const std::filesystem::path& directory,
 
 void carry_label_names(const io::Checkpoint& from, const std::filesystem::path& directory) {
   if (const auto file = labels_file(from))
-    io::write_file(directory / kLabelsFile, io::read_file(*file, kMostBytes));
+    return io::write_file(directory / kLabelsFile, io::read_file(*file, kMostBytes));
+  if (!knows_architecture(from)) return;
+  const Architecture architecture = read_architecture(from);
+  if (labels_of_head(from, architecture))
+    write_label_names(directory, label_names(from, architecture));
+}
+
+std::vector<std::string> names_after_training(const io::Checkpoint& checkpoint,
+                                              const Architecture& a,
+                                              const std::vector<std::string>& names) {
+  const bool telling = std::any_of(names.begin(), names.end(), [](const std::string& name) {
+    return !plain_name(name).empty();
+  });
+  const auto labels = static_cast<int64_t>(names.size());
+  return telling || labels_of_head(checkpoint, a) != labels ? names : label_names(checkpoint, a);
 }
 
 SequenceHead load_sequence_head(const io::Checkpoint& checkpoint, const Architecture& a,

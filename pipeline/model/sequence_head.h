@@ -56,7 +56,13 @@ std::vector<std::string> label_names(const io::Checkpoint& checkpoint,
 /// Writes labels.json beside the tensors of a derived model; no names say that there are none.
 void write_label_names(const std::filesystem::path& directory,
                        const std::vector<std::string>& names);
-/// Copies the nearest labels.json of `from`'s chain, where there is one, into `directory`.
+/// label_names() of a model on which a head was trained for classes of these names: theirs, unless
+/// they name nothing ("0", "1") and the head had as many labels before.
+std::vector<std::string> names_after_training(const io::Checkpoint& checkpoint,
+                                              const Architecture& architecture,
+                                              const std::vector<std::string>& names);
+/// Into `directory`, whose model stands on another: the nearest labels.json of `from`'s chain, else
+/// what its config.json says of its head.
 void carry_label_names(const io::Checkpoint& from, const std::filesystem::path& directory);
 
 /// The head with `labels` rows: what the checkpoint has of it is loaded, the rest drawn as

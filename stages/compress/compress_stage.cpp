@@ -26,7 +26,7 @@ constexpr const char* kSum = "sum";
 struct Options {
   Settings settings;                ///< without dtype and seed, which are the run's
   Summands summands;                ///< of method sum
-  std::optional<std::string> base;  ///< PATH, start, ENTRY; none: what the last retrain stage took
+  std::optional<std::string> base;  ///< PATH, start, ENTRY; none: retrain.input, else start
   std::string fine_tuned = "previous";
   bool from_start = false;  ///< "previous" is the model that the run starts from
 
@@ -34,7 +34,8 @@ struct Options {
 };
 
 void read_sum(const Section& section, Options& options) {
-  refuse_keys(section, {"rank", "budget", "allocation", "prior", "bits", "polar", "vectors"},
+  refuse_keys(section,
+              {"rank", "budget", "allocation", "prior", "bits", "polar", "vectors", "zeros"},
               "sum decodes residuals that are there and compresses nothing");
   if (section.is_null("residuals"))
     section.fail("residuals", "the residuals to add are not given, such as [a/residual.h5, b.h5]");
@@ -135,8 +136,9 @@ class CompressStage : public driver::Stage {
   }
 
   driver::StagePlan plan(const driver::RunContext&, const fs::path& start_model) const override {
-    const std::string base =
-        options_.base.value_or("the model that the last retrain stage took, else start");
+    const std::string base = options_.base.value_or(
+        "the model that the last retrain stage took (without an adapter "
+        "beside its matrices), else start");
     if (options_.sums())
       return {{fmt::format("sum of {} residuals on {}", options_.summands.files.size(), base)}};
     const Settings& settings = options_.settings;

@@ -35,9 +35,12 @@ class Classification : public Measurement {
              const std::filesystem::path& start_model) const override {
     const data::TokenSet set = open(architecture, start_model);
     const io::Checkpoint checkpoint = io::Checkpoint::open(start_model);
-    // A stage before this one may train another head, where there is something to train on.
+    const bool other_head =  // may be left by a stage before this one
+        std::any_of(run.earlier.begin(), run.earlier.end(), [](const driver::EarlierEntry& entry) {
+          return entry.kind == "retrain" || entry.kind == "compress";
+        });
     model::load_sequence_head(checkpoint, architecture, labels_of(set), run.seed,
-                              /*replace=*/!run.train_data.empty(), set.label_names());
+                              /*replace=*/other_head, set.label_names());
     if (set.has_token_types() && !architecture.type_embedding.empty() &&
         checkpoint.info(architecture.type_embedding).shape[0] < 2 && uses_second_type(set))
       throw UserError(fmt::format(

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "pipeline/driver/spread.h"
+#include "pipeline/driver/stage_hooks.h"
 #include "pipeline/driver/units.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
@@ -147,13 +148,8 @@ json remove_heads(driver::StageContext& context, const PruningMethod& method,
   for (int64_t block = 0; block < architecture.blocks; ++block)
     done.push_back(run.group.is_root() && fs::exists(state_file(context, block)) &&
                    fs::exists(block_file(context, block)));
-  const driver::Hooks hooks{[&](const std::string& what, int64_t total, int64_t first) {
-                              context.progress.start(what, total, first);
-                            },
-                            [&](int64_t finished) { context.progress.advance(finished); },
-                            [&] { return driver::stop_requested(run.group); }};
   driver::carry_out_units("blocks", std::vector<double>(architecture.blocks, 1), done, run.group,
-                          *run.workers, hooks, [&](int64_t block) {
+                          *run.workers, driver::hooks_of(context), [&](int64_t block) {
                             remove_of_block(context, method, checkpoint, architecture, block,
                                             count);
                           });

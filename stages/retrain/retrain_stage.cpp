@@ -32,6 +32,15 @@ constexpr const char* kNumericsVersion = "retrain 3";
 constexpr int64_t kComparedSequences = 4, kComparedTokens = 128;
 constexpr const char* kNothingValidated = "nothing is validated: the last step is kept";
 
+int64_t bytes_below(const std::filesystem::path& directory) {
+  std::error_code error;  // a file that goes meanwhile counts nothing
+  int64_t bytes = 0;
+  for (std::filesystem::recursive_directory_iterator entry(directory, error), end; entry != end;
+       entry.increment(error))
+    if (entry->is_regular_file(error)) bytes += static_cast<int64_t>(entry->file_size(error));
+  return bytes;
+}
+
 /// The sets of a run, opened.
 struct Sets {
   TrainingData train;
@@ -177,7 +186,10 @@ void RetrainStage::check(const driver::RunContext& run,
   if (options_.adapter_from)
     StoredAdapter::read(adapter_file_of(*options_.adapter_from))
         .require_method(options_.method, method_->settings());
-  io::require_space(run.directory, bytes_on_disk(selection, head, run.dtype));
+  // What an earlier start has left is replaced, not added to.
+  const int64_t there = bytes_below(run.directory);
+  io::require_space(run.directory,
+                    std::max<int64_t>(0, bytes_on_disk(selection, head, run.dtype) - there));
 }
 
 /// Whether an entry before this one can leave what the training starts from.
@@ -444,7 +456,9 @@ driver::StageResult RetrainStage::carry_out(driver::StageContext& context) const
   driver::StageResult result;
   result.model = context.directory / "model";
   if (sets.train.labelled() && run.group.is_root())
-    model::write_label_names(result.model, sets.train.set().label_names());
+    model::write_label_names(
+        result.model,
+        model::names_after_training(checkpoint, architecture, sets.train.set().label_names()));
   const MergeReport merged =
       write_model(result.model, checkpoint, model, options_.merge, *run.workers, run.group);
   say_merged(context, merged);

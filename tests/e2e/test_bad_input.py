@@ -1,5 +1,6 @@
 """What a person can get wrong: one message that names it, the exit code of its kind, and nothing written."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -9,10 +10,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
 from program import SOURCE, run, settings
-from small_model import Files, text_tokens, write_files, write_model, write_tokens
+from small_model import VOCABULARY, Files, text_tokens, write_files, write_model, write_tokens
 
 USER, ENVIRONMENT = 2, 3
 MAGNITUDE = dict(prune="magnitude")
@@ -73,8 +75,6 @@ SETTINGS = {
     "rank_and_budget": Case(["compress", "rank", "budget"], dict(compress__rank=4)),
     "batch_of_broken_units": Case(["retrain.batch_size", "micro_batch_size", "4", "3"],
                                   dict(retrain__micro_batch_size=3)),
-    "sequence_longer_than_the_model_allows": Case(["retrain.sequence_length", "1000", "512"],
-                                                  dict(retrain__sequence_length=1000)),
     "row_groups_that_do_not_divide": Case(["retrain.row_groups", "7", "model.layers.0.self_attn.q_proj", "64"],
                                           dict(retrain__row_groups=7)),
     "target_that_matches_nothing": Case(["retrain.targets", "qproj"], dict(retrain__targets="[qproj]")),
@@ -89,6 +89,17 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(files, tmp_path, name):
     refused(files, tmp_path, SETTINGS[name], ranks=1)
+
+
+def test_a_sequence_longer_than_the_learned_positions(files, tmp_path):
+    """Rotary positions go on for ever; a table of them ends."""
+    model = tmp_path / "gpt2"
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=96, n_embd=64, n_layer=2, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(model)
+    shutil.copy(files.model / "tokenizer.json", model)
+    refused(dataclasses.replace(files, model=model), tmp_path,
+            Case(["retrain.sequence_length", "97", "96", str(model)],
+                 dict(retrain__sequence_length=97, retrain__targets="null")))
 
 
 @pytest.fixture

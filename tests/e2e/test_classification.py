@@ -4,6 +4,7 @@ metrics, the same bits on any ranks, and an export that transformers loads with 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,10 +212,33 @@ def test_classes_are_matched_by_name_where_both_sides_have_names(tmp_path):
     assert not (tmp_path / "other").exists()  # before anything runs
 
 
-def test_a_head_is_exported_with_the_names_of_the_set_it_was_trained_on(tmp_path):
+def test_a_residual_keeps_the_names_of_the_head_that_was_tuned(tmp_path):
+    """The decoded model stands on a base that names its classes otherwise, or not at all."""
+    model = write_small("bert", 3, tmp_path / "base")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    model.save_pretrained(tmp_path / "tuned")
+    names = {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"}
+    change_config(tmp_path / "tuned", id2label=names)
+    rows = write_labelled(tmp_path / "data.h5", np.arange(40) % 3, 3, "MNLI", names=ENTAILMENT)
+    run_well(*arguments(tmp_path / "base", tmp_path / "data.h5", tmp_path / "run", "pipeline=[compress,evaluate,export]",
+                        "compress.base=start", f"compress.finetuned={tmp_path / 'tuned'}", "compress.rank=32"))
+    exported = stage_directory(tmp_path / "run", "export") / "model"
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(exported, dtype=torch.float32).eval()
+    assert loaded.config.id2label == {int(key): name for key, name in names.items()}
+    _, logits = measured(tmp_path / "run")
+    assert np.abs(logits - plain_loop(loaded, rows, True)[:, [2, 1, 0]]).max() < 1e-4
+
+
+@pytest.mark.parametrize("names,kept", [(["entailment", "not_entailment"], ["entailment", "not_entailment"]),
+                                        (["0", "1"], ["NEGATIVE", "POSITIVE"])])
+def test_a_head_is_exported_with_the_names_of_the_set_it_was_trained_on(names, kept, tmp_path):
+    """Where the set names its classes; numbers are no names, and the head's own then stay."""
     write_small("bert", 2, tmp_path / "model")
     change_config(tmp_path / "model", id2label={"0": "NEGATIVE", "1": "POSITIVE"}, architectures=None)
-    names = ["entailment", "not_entailment"]
     rows = write_labelled(tmp_path / "data.h5", np.arange(40) % 2, 2, "RTE", names=names)
     run_well(*arguments(tmp_path / "model", tmp_path / "data.h5", tmp_path / "run",
                         "pipeline=[retrain,compress,evaluate,export]", "retrain=full", "retrain.targets=null",
@@ -222,7 +246,7 @@ def test_a_head_is_exported_with_the_names_of_the_set_it_was_trained_on(tmp_path
                         "retrain.sequence_length=64", "compress.rank=4"), ranks=2)
     exported = stage_directory(tmp_path / "run", "export") / "model"
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(exported, dtype=torch.float32).eval()
-    assert loaded.config.id2label == dict(enumerate(names))
+    assert loaded.config.id2label == dict(enumerate(kept))
     _, logits = measured(tmp_path / "run")
     assert np.abs(plain_loop(loaded, rows, True) - logits).max() < 1e-4
 

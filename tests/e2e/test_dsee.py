@@ -468,15 +468,16 @@ def test_every_encoder_loses_heads_and_is_reloaded(name, tmp_path):
 
 # ------------------------------------------------------------------------------- refusals
 def test_what_cannot_be_pruned_so_is_refused_with_the_way_out(labelled, tmp_path):
+    bare = ["pipeline=[prune]", "~retrain_again"]
     cases = [(["prune.pattern=heads", "prune.heads=4"], ["prune.heads: 4", "which has 4"]),
              (["prune.pattern=heads"], ["prune.heads", "needs the number"]),
              (["prune.heads=2"], ["prune.heads", "pattern"]),
              (["prune.pattern=heads", "prune.heads=1", "prune.sparsity=0.5"], ["prune.sparsity", "null"]),
              (["prune.pattern=heads", "prune.heads=1", "prune.exclude=[key]"], ["prune.exclude", "every block"]),
              (["prune=magnitude", "prune.pattern=heads", "prune.heads=1"], ["prune.pattern", "magnitude", "dsee"]),
-             (["pipeline=[prune,retrain_again]"], ["prune.criterion: delta", "merge: beside"]),
-             (["pipeline=[prune,retrain_again]", "prune.criterion=random"], ["prune.criterion: random", "magnitude"]),
-             (["pipeline=[prune,retrain_again]", *HEADED], ["prune.criterion", "merge: beside"])]
+             (bare, ["prune.criterion: delta", "merge: beside"]),
+             ([*bare, "prune.criterion=random"], ["prune.criterion: random", "magnitude"]),
+             ([*bare, *HEADED], ["prune.criterion", "merge: beside"])]
     for number, (changes, words) in enumerate(cases):
         ended = run(*labelled.arguments(tmp_path / str(number), *changes), ranks=2)
         assert ended.code == 2 and len(ended.messages) == 1, (changes, str(ended))

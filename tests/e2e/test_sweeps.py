@@ -337,14 +337,18 @@ def test_a_member_that_diverges_is_passed_over_by_the_next_start(words, ranks):
     assert json.loads((diverged / "failure.json").read_text())["numerical"] is True, ended
     ended = program.run(*sweep, ranks=ranks)
     assert ended.code == 2 and "the sweep is done but for members that have no figures" in ended.errors, ended
-    assert str(diverged) in ended.errors and "run.resume=false" in ended.errors
+    assert str(diverged) in ended.errors and "failure.json" in ended.errors
     rows = json.loads((SWEEP / "summary.json").read_text())["configurations"]
     by_rate = {float(row["settings"]["retrain.learning_rate"]): row["tasks"] for row in rows}
     assert by_rate[1e30] == {} and by_rate[1e-3]["text"]["reported"]["perplexity"]["count"] == 1
-    # It is tried again when it is asked for.
-    ended = program.run(*words, "pipeline=[prune,retrain,evaluate]", "-m", "retrain.learning_rate=1e30",
-                        "run.resume=false", ranks=ranks)
-    assert ended.code == 2 and "no figures" not in ended.errors, ended
+    # It is tried again without failure.json, and where what it stands on has changed.
+    (diverged / "failure.json").unlink()
+    ended = program.run(*sweep, ranks=ranks)
+    assert ended.code == 2 and "the sweep is done" not in ended.errors, ended
+    failure = json.loads((diverged / "failure.json").read_text())
+    (diverged / "failure.json").write_text(json.dumps(failure | {"key": "of other data"}))
+    ended = program.run(*sweep, ranks=ranks)
+    assert ended.code == 2 and "the sweep is done" not in ended.errors, ended
 
 
 def test_paths_and_many_words_among_the_overrides_still_name_one_directory_a_member(words, files):

@@ -46,6 +46,36 @@ def test_a_task_of_glue_asks_for_its_part_of_a_table_alone():
     assert part == [(name, [*overrides, "task=rte", "run.seed=0"]) for name, overrides in everything if name == "table_glue"]
 
 
+RUN = """#!/usr/bin/env bash
+echo "$*" >>calls
+member=outputs/table_glue-sweep/member; mkdir -p "$member"
+case "$*" in
+  *compress=low_rank*) echo '{"numerical": false}' >"$member/failure.json"; exit 3 ;;
+  *compress=quantization*)
+    [ ! -e "$member-1/failure.json" ] || { echo 'the sweep is done but for members that have no figures:'; exit 2; }
+    mkdir "$member-1"; echo '{"numerical": true}' >"$member-1/failure.json"; exit 2 ;;
+esac
+"""
+
+
+def test_a_sweep_that_fails_stops_none_behind_it_and_one_that_diverges_goes_on(tmp_path):
+    """tables.sh in a folder of its own, where nothing has run yet, with a run.sh that fails on purpose."""
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    for name, text in {"run.sh": RUN, "make_example.sh": "#!/bin/sh\n", "table_data.sh": "#!/bin/sh\n",
+                       **{name: (SOURCE / "launch" / name).read_text() for name in ("tables.sh", "environment.sh")}}.items():
+        (launch / name).write_text(text)
+        (launch / name).chmod(0o755)
+    environment = {**os.environ, "ESPALIER_WORK": str(tmp_path / "work")}
+    done = subprocess.run([launch / "tables.sh", "ere", "--data", tmp_path], env=environment, capture_output=True,
+                          text=True, timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == len(listed("ere")) + 1 and sum("quantization" in call for call in calls) == 2, done.stderr
+    assert "table_ere" in calls[-1]
+    assert done.returncode == 1 and "low_rank" in done.stderr.splitlines()[-1], done.stderr
+    assert "quantization" not in done.stderr.splitlines()[-1]
+
+
 # ------------------------------------------------------------------------------- on small models
 def write_small_bert(directory: Path) -> None:
     """Six blocks and twelve heads, as the cells of configs/cell expect them of MiniLM."""
