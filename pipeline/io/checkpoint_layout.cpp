@@ -74,6 +74,13 @@ bool is_weights_name(const std::string& name) {
   return std::regex_match(name, pattern);
 }
 
+std::optional<std::filesystem::path> nearest_file(const std::vector<std::filesystem::path>& chain,
+                                                  const std::string& name) {
+  for (const std::filesystem::path& directory : chain)
+    if (std::filesystem::exists(directory / name)) return directory / name;
+  return std::nullopt;
+}
+
 std::vector<std::string> companion_files(const std::filesystem::path& root) {
   std::error_code error;
   if (std::filesystem::is_regular_file(root, error)) return {};

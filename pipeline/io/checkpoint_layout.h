@@ -2,6 +2,7 @@
 /// The file names of a model directory.
 
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,11 @@ bool is_model_path(const std::filesystem::path& path);
 
 /// Subdirectories, sorted.
 std::vector<std::string> subdirectories(const std::filesystem::path& directory);
+
+/// A file that speaks for a derived model (heads.json, labels.json): that of the nearest directory
+/// of Checkpoint::chain() that has one.
+std::optional<std::filesystem::path> nearest_file(const std::vector<std::filesystem::path>& chain,
+                                                  const std::string& name);
 
 /// Names of the files of `root` that belong beside the weights of an export: tokenizer, vocabulary,
 /// generation settings, chat template. Sorted.

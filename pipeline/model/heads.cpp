@@ -5,6 +5,7 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/json.h"
 
 namespace espalier::model {
@@ -51,22 +52,18 @@ BlockHeads block_heads(const std::vector<int64_t>& kept, int64_t heads, int64_t 
 }
 
 KeptHeads read_kept_heads(const io::Checkpoint& checkpoint, int64_t blocks, int64_t heads) {
-  for (const std::filesystem::path& directory : checkpoint.chain()) {
-    const std::filesystem::path file = directory / kHeadsFile;
-    if (!std::filesystem::exists(file)) continue;
-    const json content = io::parse_json(io::read_file(file, kMostBytes), file.string());
-    const auto found = content.is_object() ? content.find("heads") : content.end();
-    if (found == content.end() || !found->is_array() ||
-        static_cast<int64_t>(found->size()) != blocks)
-      throw UserError(fmt::format("{}: \"heads\" with a list for each of the {} blocks is expected",
-                                  file.string(), blocks));
-    KeptHeads kept;
-    for (const json& block : *found)
-      kept.push_back(
-          read_block(block, heads, fmt::format("{}: block {}", file.string(), kept.size())));
-    return kept;
-  }
-  return {};
+  const auto file = io::nearest_file(checkpoint.chain(), kHeadsFile);
+  if (!file) return {};
+  const json content = io::parse_json(io::read_file(*file, kMostBytes), file->string());
+  const auto found = content.is_object() ? content.find("heads") : content.end();
+  if (found == content.end() || !found->is_array() || static_cast<int64_t>(found->size()) != blocks)
+    throw UserError(fmt::format("{}: \"heads\" with a list for each of the {} blocks is expected",
+                                file->string(), blocks));
+  KeptHeads kept;
+  for (const json& block : *found)
+    kept.push_back(
+        read_block(block, heads, fmt::format("{}: block {}", file->string(), kept.size())));
+  return kept;
 }
 
 void write_kept_heads(const std::filesystem::path& directory, const KeptHeads& heads) {

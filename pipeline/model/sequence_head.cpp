@@ -9,6 +9,7 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/json.h"
 #include "pipeline/random.h"
 
@@ -130,12 +131,6 @@ std::vector<std::string> names_in_config(const nlohmann::json& config, int64_t l
   return names;
 }
 
-std::optional<std::filesystem::path> labels_file(const io::Checkpoint& checkpoint) {
-  for (const std::filesystem::path& directory : checkpoint.chain())
-    if (std::filesystem::exists(directory / kLabelsFile)) return directory / kLabelsFile;
-  return std::nullopt;
-}
-
 std::vector<std::string> names_in_file(const std::filesystem::path& file, int64_t labels) {
   const nlohmann::json content = io::parse_json(io::read_file(file, kMostBytes), file.string());
   const auto found = content.is_object() ? content.find("labels") : content.end();
@@ -219,7 +214,8 @@ std::optional<int64_t> labels_of_head(const io::Checkpoint& checkpoint, const Ar
 std::vector<std::string> label_names(const io::Checkpoint& checkpoint, const Architecture& a) {
   const std::optional<int64_t> labels = labels_of_head(checkpoint, a);
   if (!labels) return {};
-  if (const auto file = labels_file(checkpoint)) return names_in_file(*file, *labels);
+  if (const auto file = io::nearest_file(checkpoint.chain(), kLabelsFile))
+    return names_in_file(*file, *labels);
   return names_in_config(checkpoint.config(), *labels);
 }
 
@@ -229,7 +225,7 @@ void write_label_names(const std::filesystem::path& directory,
 }
 
 void carry_label_names(const io::Checkpoint& from, const std::filesystem::path& directory) {
-  if (const auto file = labels_file(from))
+  if (const auto file = io::nearest_file(from.chain(), kLabelsFile))
     return io::write_file(directory / kLabelsFile, io::read_file(*file, kMostBytes));
   if (!knows_architecture(from)) return;
   const Architecture architecture = read_architecture(from);

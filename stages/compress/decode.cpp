@@ -8,9 +8,9 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/model/config_keys.h"
 #include "pipeline/model/heads.h"
-#include "stages/compress/pairs.h"
 #include "stages/compress/sum.h"
 
 namespace espalier::compress {
@@ -146,7 +146,7 @@ void decode_residuals(const fs::path& base_directory, const std::vector<fs::path
   model::set_config_keys(out_directory, config_keys_of(decoded));
   // Heads that are gone stay gone; the directory is then one for espalier, whose export makes it
   // one for other programs.
-  if (const auto heads = heads_file(base))
+  if (const auto heads = io::nearest_file(base.chain(), model::kHeadsFile))
     io::write_file(out_directory / model::kHeadsFile, io::read_file(*heads));
 }
 

@@ -4,6 +4,9 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <filesystem>
+#include <optional>
+
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 #include "pipeline/io/checkpoint_layout.h"
@@ -60,6 +63,10 @@ bool fills_zeros(const Tensor& base, const Tensor& fine_tuned) {
   return (fine_tuned == 0).logical_and_(base != 0).sum().item<int64_t>() * 16 >= base.numel();
 }
 
+std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint) {
+  return io::nearest_file(checkpoint.chain(), model::kHeadsFile);
+}
+
 /// Null: the model has all its heads.
 nlohmann::json heads_of(const io::Checkpoint& checkpoint) {
   const auto file = heads_file(checkpoint);
@@ -88,12 +95,6 @@ std::string of_lost_heads(const io::Checkpoint& base, const io::Checkpoint& fine
 }
 
 }  // namespace
-
-std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint) {
-  for (const std::filesystem::path& directory : checkpoint.chain())
-    if (exists(directory / model::kHeadsFile)) return directory / model::kHeadsFile;
-  return std::nullopt;
-}
 
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
   refuse_other_heads(base, fine_tuned);

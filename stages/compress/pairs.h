@@ -3,8 +3,6 @@
 /// which cost nothing.
 
 #include <algorithm>
-#include <filesystem>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,9 +34,6 @@ struct MatrixPair {
 /// (nothing could take it away again).
 /// Also when both have lost attention heads (pipeline/model/heads.h), and not the same ones.
 void require_comparable(const io::Checkpoint& base, const io::Checkpoint& fine_tuned);
-
-/// heads.json of the nearest directory of the model's chain that has one: its heads that are gone.
-std::optional<std::filesystem::path> heads_file(const io::Checkpoint& checkpoint);
 
 /// The first rows of a fine-tuned tensor that has more of them than the base's shape says.
 at::Tensor common_rows(const at::Tensor& fine_tuned, const std::vector<int64_t>& base_shape);
