@@ -43,18 +43,24 @@ SequenceBatch sequence_batch(const TokenSet& set, std::span<const int64_t> docum
 }
 
 std::vector<std::vector<int64_t>> units_by_length(std::span<const int64_t> lengths,
-                                                  int64_t unit_tokens) {
+                                                  int64_t unit_tokens, bool padded) {
   std::vector<int64_t> order(lengths.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
   std::vector<std::vector<int64_t>> units;
+  int64_t sum = 0;  // of the last unit's lengths
   for (const int64_t row : order) {
-    const bool full = units.empty() || lengths[units.back().front()] *
-                                               (static_cast<int64_t>(units.back().size()) + 1) >
-                                           unit_tokens;
-    if (full) units.emplace_back();
+    const auto grown = [&](const std::vector<int64_t>& unit) {
+      return padded ? lengths[unit.front()] * (static_cast<int64_t>(unit.size()) + 1)
+                    : sum + lengths[row];
+    };
+    if (units.empty() || grown(units.back()) > unit_tokens) {
+      units.emplace_back();
+      sum = 0;
+    }
     units.back().push_back(row);
+    sum += lengths[row];
   }
   return units;
 }

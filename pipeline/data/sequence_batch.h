@@ -27,9 +27,9 @@ void require_rows(const TokenSet& set, int64_t most_tokens);
 SequenceBatch sequence_batch(const TokenSet& set, std::span<const int64_t> documents);
 
 /// Numbers 0..n-1 by falling length (ties to the lower number), cut into units of at most
-/// `unit_tokens` tokens with their padding, one row at least. Falling, so that the longest work is
-/// begun first.
+/// `unit_tokens` tokens, one number at least; `padded`: each counts as the longest of its unit.
+/// Falling, so that the longest work is begun first.
 std::vector<std::vector<int64_t>> units_by_length(std::span<const int64_t> lengths,
-                                                  int64_t unit_tokens);
+                                                  int64_t unit_tokens, bool padded = true);
 
 }  // namespace espalier::data

@@ -1,6 +1,6 @@
 #pragma once
-/// Whole matrices as units of work over ranks and the workers of each: which rank takes which, and
-/// the loop that carries them out.
+/// Whole matrices as units of work over ranks and the workers of each: the loop that carries them
+/// out.
 
 #include <cstdint>
 #include <functional>
@@ -21,15 +21,11 @@ struct Hooks {
   std::function<bool()> stop_requested;
 };
 
-/// units[rank]: the units of each rank, longest first. Each unit in order of falling cost (ties by
-/// index) goes to the rank with the least so far (Graham 1969: at most 4/3 of the best).
-std::vector<std::vector<int64_t>> longest_first(const std::vector<double>& costs, int ranks);
-
 /// Runs body(unit) once for each unit of 0..costs.size()-1 that is not done, on some worker of some
-/// rank. `done` is this rank's knowledge; what any rank knows to be done counts. Between rounds of
-/// a few units a worker, hears the hooks; throws Requeue (naming `what`) when asked to stop.
-/// `count_done`: whether the units that are done are told of as work of an earlier start; else only
-/// the others are counted. Collective.
+/// rank, dealt longest first. `done` is this rank's knowledge; what any rank knows to be done
+/// counts. Between rounds of a few units a worker, hears the hooks; throws Requeue (naming `what`)
+/// when asked to stop. `count_done`: whether the units that are done are told of as work of an
+/// earlier start; else only the others are counted. Collective.
 void carry_out_units(const std::string& what, const std::vector<double>& costs,
                      std::vector<int64_t> done, const comm::Communicator& group, Workers& workers,
                      const Hooks& hooks, const std::function<void(int64_t unit)>& body,

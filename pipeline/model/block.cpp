@@ -199,8 +199,11 @@ at::Tensor self_attention(const Architecture& a, const BlockWeights& block, cons
   const at::Tensor k = for_each_query_head(a, block, norm_heads(a, block.key_norm, apply(kKey, x)));
   const at::Tensor v = for_each_query_head(a, block, apply(kValue, x));
   if (a.relative) return apply(kOutput, relative_attention(a, block, q, k, v, unit, linear));
-  return apply(kOutput,
-               attention(q, k, v, rotary.cosine, rotary.sine, unit.sequences, shape, unit.visible));
+  const at::Tensor attended =
+      unit.trees.empty()
+          ? attention(q, k, v, rotary.cosine, rotary.sine, unit.sequences, shape, unit.visible)
+          : tree_attention(q, k, v, rotary.cosine, rotary.sine, unit.trees, shape);
+  return apply(kOutput, attended);
 }
 
 /// Attention and feed-forward of the same x, behind one norm or each behind its own.
@@ -222,6 +225,10 @@ at::Tensor embed_positions(const Architecture& a, const Ends& ends, const at::Te
   if (unit.length > a.max_positions)
     throw UserError(fmt::format("sequence length {} is above the model's {} learned positions",
                                 unit.length, a.max_positions));
+  if (!unit.trees.empty()) {
+    if (a.padding_token) throw DefectError("trees of a model that counts its positions");
+    return ends.position_embedding.index_select(0, tree_positions(unit.trees) + a.position_offset);
+  }
   if (!a.padding_token)
     return ends.position_embedding.narrow(0, a.position_offset, unit.length)
         .repeat({unit.sequences, 1});

@@ -11,6 +11,7 @@
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/model/added_terms.h"
 #include "pipeline/model/architecture.h"
+#include "pipeline/model/sequence_tree.h"
 
 namespace espalier::model {
 
@@ -39,11 +40,14 @@ struct BlockWeights {
 BlockWeights load_block(const io::Checkpoint& checkpoint, const Architecture& architecture,
                         int64_t index, at::ScalarType dtype, const at::Device& device = at::kCPU);
 
-/// Where sequences stand in the rows of a unit: `sequences` of equal `length`, one after another.
+/// Where sequences stand in the rows of a unit: `sequences` of equal `length`, one after another,
+/// or `trees`, one after another, whose longest sequence has `length` (causal models without a
+/// padding token; nothing is padded).
 struct UnitShape {
   int64_t sequences = 1, length = 0;
   at::Tensor visible;           ///< int64 [sequences]: tokens before the padding; undefined: all
   at::Tensor token_types = {};  ///< int64 [sequences * length], BERT's segments; undefined: all 0
+  std::vector<SequenceTree> trees = {};
 };
 
 /// cos and sin of the rotary angles, float32 [length, rotated/2]; undefined without rotation.
@@ -95,7 +99,7 @@ struct Ends {
 Ends load_ends(const io::Checkpoint& checkpoint, const Architecture& architecture,
                at::ScalarType dtype, const at::Device& device = at::kCPU);
 
-/// tokens int64 [sequences * length] -> hidden states [tokens, hidden].
+/// tokens int64 [rows of the unit] -> hidden states [rows, hidden].
 at::Tensor embed(const Architecture& architecture, const Ends& ends, const at::Tensor& tokens,
                  const UnitShape& unit);
 /// What the last block gives [tokens, hidden] -> what the head reads [tokens, embedding size]:

@@ -155,6 +155,11 @@ std::string plain_name(const std::string& name) {
   return number ? "" : plain;
 }
 
+bool tell(const std::vector<std::string>& names) {
+  return std::any_of(names.begin(), names.end(),
+                     [](const std::string& name) { return !plain_name(name).empty(); });
+}
+
 /// For each of `names` its place among `theirs`. Undefined where the order is the same, or where
 /// one of both names no classes; nullopt where they name other classes.
 std::optional<at::Tensor> rows_by_name(const std::vector<std::string>& theirs,
@@ -224,23 +229,23 @@ void write_label_names(const std::filesystem::path& directory,
   io::write_file(directory / kLabelsFile, nlohmann::json({{"labels", names}}).dump() + "\n");
 }
 
-void carry_label_names(const io::Checkpoint& from, const std::filesystem::path& directory) {
-  if (const auto file = io::nearest_file(from.chain(), kLabelsFile))
-    return io::write_file(directory / kLabelsFile, io::read_file(*file, kMostBytes));
-  if (!knows_architecture(from)) return;
-  const Architecture architecture = read_architecture(from);
-  if (labels_of_head(from, architecture))
-    write_label_names(directory, label_names(from, architecture));
+ClassNames class_names(const io::Checkpoint& checkpoint) {
+  std::optional<Architecture> architecture;
+  try {
+    if (knows_architecture(checkpoint)) architecture = read_architecture(checkpoint);
+  } catch (const UserError&) {
+  }
+  if (!architecture || !labels_of_head(checkpoint, *architecture)) return std::nullopt;
+  const std::vector<std::string> names = label_names(checkpoint, *architecture);
+  return tell(names) ? names : std::vector<std::string>();
 }
 
 std::vector<std::string> names_after_training(const io::Checkpoint& checkpoint,
                                               const Architecture& a,
                                               const std::vector<std::string>& names) {
-  const bool telling = std::any_of(names.begin(), names.end(), [](const std::string& name) {
-    return !plain_name(name).empty();
-  });
   const auto labels = static_cast<int64_t>(names.size());
-  return telling || labels_of_head(checkpoint, a) != labels ? names : label_names(checkpoint, a);
+  return tell(names) || labels_of_head(checkpoint, a) != labels ? names
+                                                                : label_names(checkpoint, a);
 }
 
 SequenceHead load_sequence_head(const io::Checkpoint& checkpoint, const Architecture& a,

@@ -61,9 +61,11 @@ void write_label_names(const std::filesystem::path& directory,
 std::vector<std::string> names_after_training(const io::Checkpoint& checkpoint,
                                               const Architecture& architecture,
                                               const std::vector<std::string>& names);
-/// Into `directory`, whose model stands on another: the nearest labels.json of `from`'s chain, else
-/// what its config.json says of its head.
-void carry_label_names(const io::Checkpoint& from, const std::filesystem::path& directory);
+/// In the order of the head's rows, empty where they name nothing ("LABEL_1"); nullopt without a
+/// head.
+using ClassNames = std::optional<std::vector<std::string>>;
+/// label_names() of any checkpoint; of one that espalier cannot run as of one without a head.
+ClassNames class_names(const io::Checkpoint& checkpoint);
 
 /// The head with `labels` rows: what the checkpoint has of it is loaded, the rest drawn as
 /// transformers draws it: weights N(0, initializer_range), counter-based by (seed, tensor name),

@@ -10,6 +10,7 @@
 
 #include "pipeline/comm/exact_sum.h"
 #include "pipeline/errors.h"
+#include "pipeline/longest_first.h"
 #include "pipeline/train/step_checkpoint.h"
 
 namespace espalier::train {
@@ -65,6 +66,7 @@ class Loop {
   void save();
   void find_first_grid();
   void sum_units();
+  std::vector<int64_t> units_of_this_rank() const;
   void compute_units();
   void take_step();
   void validate();
@@ -121,6 +123,13 @@ double Loop::largest_of_gradients() const {
   return *std::max_element(largest_.begin(), largest_.end() - 1);
 }
 
+std::vector<int64_t> Loop::units_of_this_rank() const {
+  std::vector<double> costs(options_.units, 1.0);
+  if (problem_.cost)
+    for (int64_t unit = 0; unit < options_.units; ++unit) costs[unit] = problem_.cost(step_, unit);
+  return longest_first(costs, group_.size())[group_.rank()];
+}
+
 void Loop::compute_units() {
   std::vector<double> grid = largest_;
   for (int64_t s = 0; s < segments_ - 1; ++s)
@@ -128,21 +137,19 @@ void Loop::compute_units() {
   for (comm::ExactSum& sum : sums_) sum.set_grid(grid);
   std::fill(worker_losses_.begin(), worker_losses_.end(), UnitLoss{});
 
-  const int64_t ranks = group_.size(), rank = group_.rank();
-  const int64_t mine = (options_.units - rank + ranks - 1) / ranks;
-  workers_.for_each(std::max<int64_t>(mine, 0), [&](int64_t index, int worker) {
+  const std::vector<int64_t> mine = units_of_this_rank();
+  workers_.for_each(static_cast<int64_t>(mine.size()), [&](int64_t index, int worker) {
     comm::ExactSum& sum = sums_[worker];
-    const UnitLoss loss =
-        run_unit(rank + index * ranks, [&](int64_t parameter, const at::Tensor& gradient) {
-          const at::Tensor whole = gradient.contiguous();
-          const std::string& name = parameters_.parameters()[parameter].name;
-          try {
-            sum.add(parameter, span_of(whole));
-          } catch (const NumericalError&) {
-            checked_largest(span_of(whole), name, step_);
-            throw;
-          }
-        });
+    const UnitLoss loss = run_unit(mine[index], [&](int64_t parameter, const at::Tensor& gradient) {
+      const at::Tensor whole = gradient.contiguous();
+      const std::string& name = parameters_.parameters()[parameter].name;
+      try {
+        sum.add(parameter, span_of(whole));
+      } catch (const NumericalError&) {
+        checked_largest(span_of(whole), name, step_);
+        throw;
+      }
+    });
     const auto value = static_cast<float>(loss.loss);
     sum.add(segments_ - 1, std::span(&value, 1));
     worker_losses_[worker].counted += loss.counted;

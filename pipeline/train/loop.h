@@ -2,10 +2,10 @@
 /// The training loop: units of work shared over ranks and workers, their gradients summed exactly,
 /// one clipped AdamW step on every rank alike, validation, checkpoints. It knows nothing of models.
 ///
-/// A step has a fixed number of units (micro-batches); unit u runs on rank u % size, on whichever
-/// of its workers is free. Its loss and gradients go to integer sums (comm/exact_sum.h), so that
-/// every number of ranks and workers gives the same bits. One all-reduce of 8 bytes a parameter a
-/// step.
+/// A step has a fixed number of units (micro-batches), shared over the ranks by their cost
+/// (longest_first.h); one runs on whichever of its rank's workers is free. Its loss and
+/// gradients go to integer sums (comm/exact_sum.h), so that every number of ranks and workers and
+/// every way of sharing gives the same bits. One all-reduce of 8 bytes a parameter a step.
 
 #include <ATen/core/Tensor.h>
 
@@ -55,6 +55,8 @@ struct Problem {
   std::function<void()> prepare_step;
   /// Loss and gradients of one unit on the calling worker. `step` counts from 0.
   std::function<UnitLoss(int64_t step, int64_t unit, const GradientSink& sink)> unit;
+  /// The work of a unit relative to the step's others, the same on every rank; empty: all alike.
+  std::function<double(int64_t step, int64_t unit)> cost;
   /// The score of the parameters as they are after `steps` steps, lower is better; collective,
   /// the same bits on every rank. Called behind prepare_step.
   std::function<double(int64_t steps)> validate;

@@ -27,6 +27,7 @@ Residual collect(const Assembly& assembly, json& figures) {
   residual.whole = assembly.whole;
   residual.added = assembly.added;
   residual.tied = assembly.tied;
+  residual.labels = assembly.labels;
   for (size_t i = 0; i < assembly.matrices.size(); ++i) {
     const MatrixPair& matrix = assembly.matrices[i];
     json figure = {{"name", matrix.name},       {"rows", matrix.rows},
@@ -63,7 +64,7 @@ void write_model(const Assembly& assembly, const Residual& residual) {
         return known == journalled.end() ? decoder.decode(i, residual.dtype)
                                          : assembly.journal.result(known->second).decoded;
       },
-      assembly.directory / "model");
+      residual.labels, assembly.directory / "model");
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ struct Assembly {
   const std::vector<WholeTensor>& whole;
   const std::vector<WholeTensor>& added;
   const std::vector<TiedTensor>& tied;
+  const model::ClassNames& labels;
   std::function<void()> still_working;  ///< called after every tensor: the other ranks wait
 };
 

@@ -180,8 +180,6 @@ class CompressStage : public driver::Stage {
         compress_model(base, fine_tuned, context.directory, settings, run.group, *run.workers,
                        driver::hooks_of(context));
     context.progress.finish();
-    // The decoded model stands on the base, whose head may be of other classes.
-    if (run.group.is_root()) model::carry_label_names(fine_tuned, context.directory / "model");
     tell(context, metrics);
     return metrics;
   }

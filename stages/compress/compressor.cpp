@@ -9,6 +9,7 @@
 #include "pipeline/driver/spread.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/model/sequence_head.h"
 #include "pipeline/random.h"
 #include "stages/compress/allocation.h"
 #include "stages/compress/assembly.h"
@@ -64,6 +65,8 @@ class Compressor {
     if (group.is_root()) {
       whole_ = whole_tensors(base, fine_tuned, tied_, settings.vectors);
       added_ = added_rows(base, fine_tuned, tied_);
+      const std::vector<std::string> none, names = model::class_names(fine_tuned).value_or(none);
+      if (names != model::class_names(base).value_or(none)) labels_ = names;
     }
     capacity_ = capacity();
   }
@@ -116,7 +119,7 @@ class Compressor {
     for (const auto& matrix : matrices_) names.emplace_back(matrix.name, matrix.shape);
     std::vector<WholeTensor> other = whole_;
     other.insert(other.end(), added_.begin(), added_.end());
-    const int64_t fixed = fixed_bytes(names, other, tied_);
+    const int64_t fixed = fixed_bytes(names, other, tied_, labels_);
     if (fixed > budget_bytes())
       throw UserError(
           fmt::format("compress.budget: {} of {} bytes is {} bytes, but the tensors stored whole "
@@ -281,17 +284,10 @@ class Compressor {
 
   /// On the root: residual.h5 and model/ from the journal, and the figures.
   json finish(const Allocation& allocation) {
-    const Assembly assembly{base_,
-                            base_checksum_,
-                            directory_,
-                            journal_,
-                            matrices_,
-                            allocation.truncation_ranks,
-                            settings_,
-                            whole_,
-                            added_,
-                            tied_,
-                            [this] { group_.still_working(); }};
+    const Assembly assembly{base_,     base_checksum_, directory_,
+                            journal_,  matrices_,      allocation.truncation_ranks,
+                            settings_, whole_,         added_,
+                            tied_,     labels_,        [this] { group_.still_working(); }};
     json metrics = assemble(assembly);
     const int64_t bytes = metrics["bytes"].get<int64_t>();
     if (settings_.budget && bytes > budget_bytes())
@@ -326,6 +322,7 @@ class Compressor {
   std::vector<MatrixPair> matrices_;
   std::vector<WholeTensor> whole_, added_;  ///< on the root
   std::vector<TiedTensor> tied_;
+  model::ClassNames labels_;  ///< on the root
   Capacity capacity_;
   std::vector<int64_t> targets_;
   std::vector<Spectrum> spectra_;

@@ -23,7 +23,7 @@ int64_t bytes_of(const io::TensorPlan& plan) {
 
 void write_changed_model(const io::Checkpoint& base, const std::vector<io::TensorPlan>& plan,
                          const std::function<at::Tensor(size_t index)>& tensor,
-                         const fs::path& directory) {
+                         const model::ClassNames& labels, const fs::path& directory) {
   std::error_code error;
   fs::remove_all(directory, error);
   if (error)
@@ -40,6 +40,7 @@ void write_changed_model(const io::Checkpoint& base, const std::vector<io::Tenso
     for (; begin < end; ++begin) writer.append(tensor(begin));
     writer.commit();
   }
+  if (labels) model::write_label_names(directory, *labels);
   io::write_derived(directory, base);
 }
 

@@ -76,7 +76,10 @@ json tied_entry(const TiedTensor& tied) { return {{"name", tied.name}, {"to", ti
 
 /// The oldest version that can say what stands in it.
 int64_t version_of(const Residual& residual) {
-  return residual.method == "ere" && residual.added.empty() && residual.tied.empty() ? 1 : 2;
+  return residual.method == "ere" && residual.added.empty() && residual.tied.empty() &&
+                 !residual.labels
+             ? 1
+             : 2;
 }
 
 json contents_of(const Residual& residual) {
@@ -86,6 +89,7 @@ json contents_of(const Residual& residual) {
   for (const auto& tensor : residual.whole) contents["whole"].push_back(whole_entry(tensor));
   for (const auto& rows : residual.added) contents["added"].push_back(whole_entry(rows));
   for (const auto& tied : residual.tied) contents["tied"].push_back(tied_entry(tied));
+  if (residual.labels) contents["labels"] = *residual.labels;
   return contents;
 }
 
@@ -160,6 +164,7 @@ class Contents {
       : file_(std::move(file)), root_(io::parse_json(text, file_ + ": /contents")) {
     if (!root_.is_object()) fail("is no object");
   }
+  bool has(const char* key) const { return root_.contains(key); }
   const json& list(const char* key, bool required = true) const {
     static const json none = json::array();
     const auto found = root_.find(key);
@@ -275,6 +280,13 @@ void take_tensors(Residual& residual, Contents& contents, const std::string& fil
         take_whole(entry, contents.text(entry, "name"), contents, file, whole));
   for (const json& entry : contents.list("tied", false))
     residual.tied.push_back({contents.name(entry), contents.text(entry, "to")});
+  if (contents.has("labels")) {
+    residual.labels.emplace();
+    for (const json& name : contents.list("labels")) {
+      if (!name.is_string()) contents.fail("has a name in 'labels' that is no text");
+      residual.labels->push_back(name.get<std::string>());
+    }
+  }
   for (const Pieces* pieces : {&codes, &scales, &diagonals, &whole}) pieces->finish();
 }
 
@@ -318,7 +330,8 @@ at::ScalarType dtype_of(const std::string& name, const std::string& origin) {
 }
 
 int64_t fixed_bytes(const std::vector<std::pair<std::string, std::vector<int64_t>>>& matrices,
-                    const std::vector<WholeTensor>& other, const std::vector<TiedTensor>& tied) {
+                    const std::vector<WholeTensor>& other, const std::vector<TiedTensor>& tied,
+                    const model::ClassNames& labels) {
   json entries = json::array();
   int64_t bytes = kContainerBytes;
   for (const auto& [name, shape] : matrices) {
@@ -334,7 +347,11 @@ int64_t fixed_bytes(const std::vector<std::pair<std::string, std::vector<int64_t
     bytes += static_cast<int64_t>(tensor.tensor.nbytes());
   }
   for (const auto& one : tied) entries.push_back(tied_entry(one));
-  const json contents = {{"matrices", entries}, {"whole", {}}, {"added", {}}, {"tied", {}}};
+  const json contents = {{"matrices", entries},
+                         {"whole", {}},
+                         {"added", {}},
+                         {"tied", {}},
+                         {"labels", labels.value_or(std::vector<std::string>{})}};
   return bytes + static_cast<int64_t>(contents.dump().size());
 }
 

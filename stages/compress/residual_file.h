@@ -2,13 +2,14 @@
 /// residual.h5: everything that turns a base into its fine-tuned model, and nothing else.
 ///
 /// attributes of /: kind "espalier.residual", version 1 (2 where something stands in it that
-///   version 1 does not know: another method than ere, added rows, tied tensors), base_checksum,
-///   checksum (of all datasets), bits, polar (0|1), dtype ("bfloat16"|"float32"|...: of the decoded
-///   model); version 2: method ("ere"|"low_rank"|"quantization").
+///   version 1 does not know: another method than ere, added rows, tied tensors, labels),
+///   base_checksum, checksum (of all datasets), bits, polar (0|1), dtype ("bfloat16"|"float32"|...:
+///   of the decoded model); version 2: method ("ere"|"low_rank"|"quantization").
 /// /contents   uint8    JSON, in the order of the data below:
 ///   {"matrices": [{"name", "shape", "exponent", "mask", "rank"}], "whole": [{"name", "shape",
 ///   "dtype"}]}; version 2: "added" as "whole": rows behind those of the tensor of that name;
-///   "tied": [{"name", "to"}]; a matrix without singular vectors has "entries" instead of "rank".
+///   "tied": [{"name", "to"}]; "labels": names of the classes, where they are others than the
+///   base's; a matrix without singular vectors has "entries" instead of "rank".
 /// /codes      uint8    for each matrix U's bit stream, then V's (see quantization.h); without
 ///   singular vectors one stream of the rows' entries, with a mask those where the base is not 0
 /// /scales     float16  for each matrix r of U, then r of V (none for 16 bits); without singular
@@ -25,6 +26,7 @@
 #include <string>
 #include <vector>
 
+#include "pipeline/model/sequence_head.h"
 #include "stages/compress/ere.h"
 
 namespace espalier::compress {
@@ -55,12 +57,14 @@ struct Residual {
   std::vector<WholeTensor> whole;
   std::vector<WholeTensor> added;  ///< rows behind those of the base's tensor of the name
   std::vector<TiedTensor> tied;
+  model::ClassNames labels;  ///< of the decoded model's classes; absent: the base's
 };
 
 /// An upper bound of the file's bytes without codes, scales and diagonals: `other` are the tensors
 /// stored whole and the added rows.
 int64_t fixed_bytes(const std::vector<std::pair<std::string, std::vector<int64_t>>>& matrices,
-                    const std::vector<WholeTensor>& other, const std::vector<TiedTensor>& tied);
+                    const std::vector<WholeTensor>& other, const std::vector<TiedTensor>& tied,
+                    const model::ClassNames& labels);
 
 /// Atomic; the same residual gives the same bytes.
 void write_residual(const std::filesystem::path& file, const Residual& residual);

@@ -47,6 +47,21 @@ class Sum {
   at::ScalarType dtype() const { return residuals_[0].dtype; }
   const std::vector<io::TensorPlan>& plan() const { return plan_; }
 
+  /// Of the residuals that name the classes, which must agree.
+  model::ClassNames labels() const {
+    std::optional<size_t> naming;
+    for (size_t k = 0; k < residuals_.size(); ++k) {
+      if (!residuals_[k].labels) continue;
+      if (naming && residuals_[*naming].labels != residuals_[k].labels)
+        throw UserError(fmt::format(
+            "{}: its classes are {}, those of {} are {}; residuals that are added must agree",
+            summands_.files[k].string(), fmt::join(*residuals_[k].labels, ", "),
+            summands_.files[*naming].string(), fmt::join(*residuals_[*naming].labels, ", ")));
+      naming = k;
+    }
+    return naming ? residuals_[*naming].labels : std::nullopt;
+  }
+
   Tensor tensor(size_t i) const {
     const std::string& name = plan_[i].name;
     const std::vector<Part>& parts = parts_.at(name);
@@ -142,7 +157,7 @@ at::ScalarType write_sum(const io::Checkpoint& base, const Summands& summands,
     still_working();
     return sum.tensor(i);
   };
-  write_changed_model(base, sum.plan(), tensor, directory);
+  write_changed_model(base, sum.plan(), tensor, sum.labels(), directory);
   return sum.dtype();
 }
 

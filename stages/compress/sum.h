@@ -7,7 +7,8 @@
 /// zero of the base that every residual keeps stays exactly 0. Computed in float64 and rounded
 /// once. Of one residual with weight 1 it is that residual's own decoding, to the bit. What has no
 /// counterpart in the base (a new head, rows added to an embedding) and integers cannot be added:
-/// the residuals that hold it must hold the same, else it is an error that names both.
+/// the residuals that hold it must hold the same, else it is an error that names both; so with the
+/// names of classes.
 
 #include <filesystem>
 #include <functional>

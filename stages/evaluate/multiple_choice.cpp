@@ -1,13 +1,14 @@
 /// Multiple choice as EleutherAI's harness has it: the choice whose text the model finds likeliest
 /// behind its context, by the summed log-likelihood (accuracy), by that divided by the choice's
 /// characters (accuracy_by_characters, the harness's acc_norm) and by its tokens. Equals go to the
-/// first choice.
+/// first choice. What a question's rows begin with alike, its prompt as a rule, is computed once.
 
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "pipeline/data/sampler.h"
 #include "pipeline/data/sequence_batch.h"
@@ -23,9 +24,10 @@ namespace {
 
 constexpr int64_t kUnitTokens = 1024;
 
-/// A row as the model reads it: its last `length` tokens.
+/// A row: its last `length` tokens, of which the last is only predicted. The first `unscored` of
+/// them are not scored.
 struct Row {
-  int64_t begin = 0, length = 0, scored = 0;
+  int64_t begin = 0, length = 0, scored = 0, unscored = 0;
 };
 
 class MultipleChoice : public Measurement {
@@ -144,6 +146,7 @@ class MultipleChoice : public Measurement {
       row.length = whole - row.begin;
       const at::Tensor counts = set.loss_mask(d, 0, whole);
       row.scored = counts.sum().item<int64_t>();
+      row.unscored = (counts.narrow(0, row.begin, row.length).cumsum(0) == 0).sum().item<int64_t>();
       if (row.scored < 1 || row.length < 2 || counts.narrow(0, 0, row.begin + 1).any().item<bool>())
         throw UserError(fmt::format(
             "{}: row {} of {} tokens scores {}: a choice needs a token, something before it, and "
@@ -154,63 +157,98 @@ class MultipleChoice : public Measurement {
     return rows;
   }
 
+  /// A question's rows without their last tokens. The trunk ends before any row's scores begin: its
+  /// last token predicts another one in each branch.
+  static model::SequenceTree tree_of(const data::TokenSet& set, const std::vector<Row>& rows,
+                                     int64_t question) {
+    const int64_t first = set.first_choice(question), last = set.first_choice(question + 1);
+    const auto begin_of = [&](int64_t row, int64_t count) {
+      return set.document(row, rows[row].begin, count);
+    };
+    model::SequenceTree tree{rows[first].unscored - 1, {}};
+    for (int64_t row = first + 1; row < last; ++row) {
+      const int64_t shared = std::min(tree.trunk, rows[row].unscored - 1);
+      const at::Tensor alike = begin_of(first, shared) == begin_of(row, shared);
+      tree.trunk = alike.cumprod(0).sum().item<int64_t>();
+    }
+    for (int64_t row = first; row < last; ++row)
+      tree.branches.push_back(rows[row].length - 1 - tree.trunk);
+    return tree;
+  }
+
   /// Every row's summed log-likelihood of its scored tokens.
   std::vector<double> score(driver::StageContext& context, const io::Checkpoint& checkpoint,
                             const model::Architecture& architecture, const data::TokenSet& set,
                             const std::vector<Row>& rows) const {
-    std::vector<int64_t> lengths;
-    for (const Row& row : rows) lengths.push_back(row.length - 1);
-    const auto units = data::units_by_length(lengths, kUnitTokens);
+    std::vector<model::SequenceTree> trees;
+    std::vector<int64_t> tokens;
+    for (int64_t question = 0; question < set.questions(); ++question) {
+      trees.push_back(tree_of(set, rows, question));
+      tokens.push_back(trees.back().rows());
+    }
+    const auto units = data::units_by_length(tokens, kUnitTokens, /*padded=*/false);
     UnitWork work{"batches",
                   static_cast<int64_t>(units.size()),
-                  std::max(kUnitTokens, lengths[units.front().front()]),
+                  std::max(kUnitTokens, tokens[units.front().front()]),
                   {},
                   {}};
-    const auto shape = [&](int64_t unit) {
-      return model::UnitShape{
-          static_cast<int64_t>(units[unit].size()), lengths[units[unit].front()], {}};
-    };
-    // Padding stands behind: under causal attention no scored token sees it.
     work.input = [&](int64_t unit) {
-      UnitInput input{{}, shape(unit)};
-      at::Tensor tokens = at::zeros({input.shape.sequences, input.shape.length}, at::kLong);
-      for (int64_t i = 0; i < input.shape.sequences; ++i) {
-        const int64_t document = units[unit][i], length = lengths[document];
-        tokens[i].narrow(0, 0, length).copy_(set.document(document, rows[document].begin, length));
+      UnitInput input;
+      std::vector<at::Tensor> parts;
+      for (const int64_t question : units[unit]) {
+        const model::SequenceTree& tree = trees[question];
+        int64_t row = set.first_choice(question);
+        parts.push_back(set.document(row, rows[row].begin, tree.trunk));
+        for (const int64_t rest : tree.branches) {
+          parts.push_back(set.document(row, rows[row].begin + tree.trunk, rest));
+          ++row;
+        }
+        input.shape.trees.push_back(tree);
+        input.shape.length = std::max(input.shape.length, tree.longest());
       }
-      input.tokens = tokens.flatten();
+      input.tokens = at::cat(parts);
       return input;
     };
-    work.score = [&](int64_t unit, const UnitInput& input, const at::Tensor& x,
-                     const model::Ends& ends) {
-      at::Tensor labels =
-          at::full({input.shape.sequences, input.shape.length}, data::kIgnored, at::kLong);
-      for (int64_t i = 0; i < input.shape.sequences; ++i) {
-        const int64_t document = units[unit][i], length = lengths[document];
-        const int64_t next = rows[document].begin + 1;
-        labels[i]
-            .narrow(0, 0, length)
-            .copy_(set.document(document, next, length)
-                       .masked_fill(set.loss_mask(document, next, length).logical_not(),
-                                    data::kIgnored));
+    work.score = [&](int64_t unit, const UnitInput&, const at::Tensor& x, const model::Ends& ends) {
+      std::vector<at::Tensor> labels;
+      for (const int64_t question : units[unit]) {
+        const model::SequenceTree& tree = trees[question];
+        int64_t row = set.first_choice(question);
+        labels.push_back(at::full({tree.trunk}, data::kIgnored, at::kLong));
+        for (const int64_t rest : tree.branches) {
+          const int64_t next = rows[row].begin + tree.trunk + 1;
+          labels.push_back(
+              set.document(row, next, rest)
+                  .masked_fill(set.loss_mask(row, next, rest).logical_not(), data::kIgnored));
+          ++row;
+        }
       }
-      const at::Tensor losses = train::token_losses(x, ends.head, labels.flatten(), ends.head_bias);
+      const at::Tensor losses = train::token_losses(x, ends.head, at::cat(labels), ends.head_bias);
       const double* loss = losses.const_data_ptr<double>();
-      std::vector<double> sums(units[unit].size(), 0.0);
-      for (int64_t i = 0; i < losses.numel(); ++i) sums[i / input.shape.length] -= loss[i];
+      std::vector<double> sums;
+      for (const int64_t question : units[unit]) {
+        loss += trees[question].trunk;
+        for (const int64_t rest : trees[question].branches) {
+          sums.push_back(-std::accumulate(loss, loss + rest, 0.0));
+          loss += rest;
+        }
+      }
       return sums;
     };
     const auto scores = score_units(context, checkpoint, architecture, work);
     std::vector<double> likelihoods(rows.size());
-    for (size_t unit = 0; unit < units.size(); ++unit)
-      for (size_t i = 0; i < units[unit].size(); ++i) {
-        if (!std::isfinite(scores[unit][i]))
-          throw NumericalError(
-              fmt::format("evaluate: the log-likelihood of row {} of {} is not "
-                          "finite",
-                          units[unit][i], set.path().string()));
-        likelihoods[units[unit][i]] = scores[unit][i];
-      }
+    for (size_t unit = 0; unit < units.size(); ++unit) {
+      auto score = scores[unit].begin();
+      for (const int64_t question : units[unit])
+        for (int64_t row = set.first_choice(question); row < set.first_choice(question + 1);
+             ++row) {
+          if (!std::isfinite(*score))
+            throw NumericalError(
+                fmt::format("evaluate: the log-likelihood of row {} of {} is not finite", row,
+                            set.path().string()));
+          likelihoods[row] = *score++;
+        }
+    }
     return likelihoods;
   }
 

@@ -54,8 +54,9 @@ UnitBatch TrainingData::batch(int64_t first, int64_t count) const {
   return batch(sequences);
 }
 
-UnitBatch TrainingData::micro_batch(int64_t first, int64_t batch_size, int64_t unit,
-                                    int64_t micro_batch_size) const {
+std::vector<int64_t> TrainingData::micro_batch_sequences(int64_t first, int64_t batch_size,
+                                                         int64_t unit,
+                                                         int64_t micro_batch_size) const {
   std::vector<std::pair<int64_t, int64_t>> by_length;
   for (int64_t sequence = first; sequence < first + batch_size; ++sequence)
     by_length.emplace_back(-tokens(sequence), sequence);
@@ -63,7 +64,19 @@ UnitBatch TrainingData::micro_batch(int64_t first, int64_t batch_size, int64_t u
   std::vector<int64_t> sequences;
   for (int64_t i = unit * micro_batch_size; i < (unit + 1) * micro_batch_size; ++i)
     sequences.push_back(by_length[i].second);
-  return batch(sequences);
+  return sequences;
+}
+
+UnitBatch TrainingData::micro_batch(int64_t first, int64_t batch_size, int64_t unit,
+                                    int64_t micro_batch_size) const {
+  return batch(micro_batch_sequences(first, batch_size, unit, micro_batch_size));
+}
+
+int64_t TrainingData::micro_batch_tokens(int64_t first, int64_t batch_size, int64_t unit,
+                                         int64_t micro_batch_size) const {
+  const std::vector<int64_t> sequences =
+      micro_batch_sequences(first, batch_size, unit, micro_batch_size);
+  return tokens(sequences.front()) * micro_batch_size;
 }
 
 }  // namespace espalier::retrain

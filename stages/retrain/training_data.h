@@ -32,15 +32,22 @@ class TrainingData {
   /// once an epoch in a new order; what is held out keeps one order.
   UnitBatch batch(int64_t first, int64_t count) const;
   /// Micro-batch `unit` of the step that reads sequences [first, first + batch_size): the step's
-  /// sequences by falling length, ties in their order, so that those padded to one length are alike.
+  /// sequences by falling length, ties in their order, so that those padded to one length are
+  /// alike.
   UnitBatch micro_batch(int64_t first, int64_t batch_size, int64_t unit,
                         int64_t micro_batch_size) const;
+  /// Tokens of that micro-batch, padding included.
+  int64_t micro_batch_tokens(int64_t first, int64_t batch_size, int64_t unit,
+                             int64_t micro_batch_size) const;
   /// Of a labelled sequence.
   double label(int64_t sequence) const;
 
  private:
   int64_t tokens(int64_t sequence) const;
   UnitBatch batch(const std::vector<int64_t>& sequences) const;
+  /// The sequences of a micro-batch, the longest first.
+  std::vector<int64_t> micro_batch_sequences(int64_t first, int64_t batch_size, int64_t unit,
+                                             int64_t micro_batch_size) const;
 
   data::TokenSet set_;
   uint64_t seed_;

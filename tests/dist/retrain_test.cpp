@@ -44,6 +44,7 @@ class Retrain : public testing::Test {
     at::ScalarType type = at::kBFloat16;
     std::vector<std::string> method = {"retrain=spp", "retrain.row_groups=8"};
     bool validated = false;  // every second step, the best kept
+    bool uneven = false;     // units of unlike cost, and so dealt otherwise
   };
   /// The adapters after kSteps steps; throws Killed on every rank after `killed_after` steps.
   std::vector<float> trained(const Case& c, const comm::Communicator& group, int worker_count,
@@ -78,6 +79,8 @@ class Retrain : public testing::Test {
           sampler.batch(step * kBatch + unit * kMicroBatch, kMicroBatch),
           {1, step, unit * kMicroBatch, kMicroBatch}, c.recompute, sink);
     };
+    if (c.uneven)
+      problem.cost = [](int64_t step, int64_t unit) { return 1.0 + (5 * unit + step) % 7; };
     const Validation validation(TrainingData(text, 1, 24, true, {0.3, true}), "loss");
     problem.validate = [&](int64_t) {
       return validation.score(validation.measure(model, 1, workers, group));
@@ -106,6 +109,9 @@ TEST_F(Retrain, AdaptersAreTheSameBitsOnAnyNumberOfRanksAndWorkers) {
     const std::vector<float> alone = trained(c, comm::Communicator::self(), 1);
     EXPECT_EQ(trained(c, world_, 1), alone);
     EXPECT_EQ(trained(c, world_, 2), alone);
+    Case uneven = c;
+    uneven.uneven = true;
+    EXPECT_EQ(trained(uneven, world_, 1), alone);
   }
 }
 

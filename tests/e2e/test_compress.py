@@ -87,7 +87,10 @@ def test_rows_added_to_an_embedding_are_evaluated_exported_and_decoded_as_transf
 
 
 def test_a_new_classification_head_is_decoded_into_the_class_that_has_it(files, tmp_path):
-    config = transformers.AutoConfig.from_pretrained(files.model, num_labels=3, pad_token_id=0)
+    names = ["contradiction", "entailment", "neutral"]
+    config = transformers.AutoConfig.from_pretrained(files.model, num_labels=3, pad_token_id=0,
+                                                     id2label=dict(enumerate(names)))
+    torch.manual_seed(0)  # of the head that transformers draws
     model = transformers.AutoModelForSequenceClassification.from_pretrained(files.model, config=config,
                                                                             dtype=torch.float32)
     changed(model, 2).save_pretrained(tmp_path / "tuned")
@@ -95,12 +98,22 @@ def test_a_new_classification_head_is_decoded_into_the_class_that_has_it(files, 
     run_well("decode", files.model, residual, tmp_path / "decoded")
     loaded, said = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "decoded", dtype=torch.float32, output_loading_info=True)
-    assert not said["missing_keys"] and loaded.config.num_labels == 3
+    assert not said["missing_keys"] and loaded.config.id2label == dict(enumerate(names))
     assert type(loaded) is transformers.LlamaForSequenceClassification
     tokens = torch.tensor(text_tokens(40, 8).astype(np.int64))[None]
     with torch.no_grad():
         theirs, exact = loaded(tokens).logits, model(tokens).logits
     assert (theirs - exact).norm() < 0.1 * exact.norm()
+    run_well("pipeline=[compress,export]", f"model.path={files.model}", "compress=sum", "compress.base=start",
+             f"compress.residuals=[{residual}]", f"run.dir={tmp_path / 'sum'}", "model.dtype=float32")
+    exported = stage_directory(tmp_path / "sum", "export") / "model"
+    assert transformers.AutoConfig.from_pretrained(exported).id2label == dict(enumerate(names))
+    other = changed(model, 3)
+    other.config.id2label = {0: "no", 1: "yes", 2: "perhaps"}
+    other.save_pretrained(tmp_path / "other")
+    named_otherwise = compress(tmp_path / "other_run", files.model, tmp_path / "other", *ERE)
+    ended = run("decode", files.model, residual, named_otherwise, tmp_path / "refused")
+    assert ended.code == 2 and all(word in ended.messages[0] for word in ["entailment", "perhaps", "agree"]), str(ended)
 
 
 # ------------------------------------------------------------------------------- sums

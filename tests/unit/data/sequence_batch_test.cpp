@@ -104,6 +104,9 @@ TEST(SequenceBatch, UnitsTakeRowsOfLikeLengthWithinTheirTokens) {
   const auto units = units_by_length(lengths, 12);
   // 20 is alone though it is too long; 9; 4 3 3 padded to 4; 1.
   EXPECT_EQ(units, (std::vector<Values>{{4}, {1}, {3, 0, 2}, {5}}));
+  // 9 + 4 would be 13; 4 + 3 + 3 + 1 are 11.
+  EXPECT_EQ(units_by_length(lengths, 12, /*padded=*/false),
+            (std::vector<Values>{{4}, {1}, {3, 0, 2, 5}}));
 }
 
 TEST(SequenceBatch, QuestionsKnowTheirChoices) {

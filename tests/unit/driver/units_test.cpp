@@ -41,11 +41,5 @@ TEST(Units, ALaterRoundTellsOfItsOwnUnitsOnly) {
   EXPECT_EQ(told.units, std::vector<int64_t>{2});
 }
 
-TEST(LongestFirst, BalancesKnownCosts) {
-  const auto units = longest_first({1, 7, 3, 3, 2}, 2);
-  EXPECT_EQ(units[0], (std::vector<int64_t>{1, 0}));
-  EXPECT_EQ(units[1], (std::vector<int64_t>{2, 3, 4}));
-}
-
 }  // namespace
 }  // namespace espalier::driver
