@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Prints the finished members of a sweep as rows of a Markdown table, seeds together.
 
-    table_rows.py SWEEP_DIR [--where KEY=VALUE...] [--evaluation N] [--figures NAME...] [--curves]
+    table_rows.py SWEEP_DIR [--where KEY=VALUE...] [--evaluation N] [--figures NAME...] [--curves | --losses N]
 
 A row is what its members' overrides have in common; run.seed is averaged over (mean ± standard deviation, and how
 many where they are not as many as elsewhere), and a task chosen by task=... is a column of its own. --where keeps
 members with these overrides (KEY= keeps those that have KEY, KEY!= those that have not). --evaluation counts the
 pipeline's evaluations from 1, -1 is the last. --figures adds figures of the metrics that the stages left, as
-ENTRY.NAME: retrain.weight_distance, compress.share, seconds. --curves prints the validations of training instead,
-one column an epoch.
+ENTRY.NAME: retrain.weight_distance, compress.share, seconds. Learning curves instead: --curves prints the validations
+of training, one column an epoch, --losses N the training's mean loss in N equal parts of its steps.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,23 @@ class Member:
                 return float(value)
         return None
 
-    def curve(self) -> list[float]:
+    def events(self, kind: str) -> dict[int, dict]:
+        """By step: a step that was repeated after a kill stands there once."""
         lines = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines(keepends=True)
                  if line.endswith("\n")]
+        return {line["step"]: line for line in sorted(lines, key=lambda line: line.get("step", 0))
+                if line.get("event") == kind}
+
+    def losses(self, parts: int) -> list[float]:
+        steps = self.events("step")
+        groups: list[list[float]] = [[] for _ in range(parts)]
+        for step, line in steps.items():
+            groups[(step - 1) * parts // max(steps)].append(line["loss"])
+        return [statistics.mean(group) for group in groups if group]
+
+    def curve(self) -> list[float]:
         metric = next((metrics["validation"]["metric"] for _, metrics in self.stages if "validation" in metrics), None)
-        values = {line["step"]: line[metric] for line in lines if line.get("event") == "validation"}
-        return [values[step] for step in sorted(values)]
+        return [line[metric] for line in self.events("validation").values()]
 
 
 def leading(values: dict) -> tuple[str, float]:
@@ -190,18 +202,19 @@ def score_table(cells: dict, arguments: argparse.Namespace) -> str:
     return table(["cell", *metrics, *names], rows)
 
 
-def curve_table(cells: dict) -> str:
+def curve_table(cells: dict, column: str, points_of: Callable[[Member], list[float]],
+                text: Callable[[float], str]) -> str:
     rows = []
     for cell, members in cells.items():
         for task in dict.fromkeys(member.overrides.get(TASK, "") for member in members):
-            curves = [member.curve() for member in members if member.overrides.get(TASK, "") == task]
+            curves = [points_of(member) for member in members if member.overrides.get(TASK, "") == task]
             means = [statistics.mean(points) for points in zip(*filter(None, curves))]
             if means:
-                rows.append([label(cell), task, *[f"{100 * value:.1f}" for value in means]])
+                rows.append([label(cell), task, *map(text, means)])
     if not rows:
-        sys.exit("espalier: no member that --where keeps validated while it trained")
+        sys.exit(f"espalier: no member that --where keeps has a learning curve")
     width = max(map(len, rows))
-    return table(["cell", "task", *[f"epoch {i}" for i in range(1, width - 1)]],
+    return table(["cell", "task", *[f"{column} {i}" for i in range(1, width - 1)]],
                  [row + [""] * (width - len(row)) for row in rows])
 
 
@@ -212,6 +225,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=int, default=-1, metavar="N")
     parser.add_argument("--figures", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--losses", type=int, default=0, metavar="N")
     arguments = parser.parse_args()
     if not arguments.sweep.is_dir():
         sys.exit(f"espalier: {arguments.sweep} is no directory; launch/tables.sh makes outputs/table_*-sweep")
@@ -223,7 +237,12 @@ def main() -> None:
     if not cells:
         sys.exit(f"espalier: {arguments.sweep} holds no finished member that --where keeps")
     cells = dict(sorted(cells.items(), key=lambda item: natural(label(item[0]))))
-    print(curve_table(cells) if arguments.curves else score_table(cells, arguments))
+    if arguments.losses > 0:
+        print(curve_table(cells, "part", lambda member: member.losses(arguments.losses), "{:.3f}".format))
+    elif arguments.curves:
+        print(curve_table(cells, "epoch", Member.curve, lambda value: f"{100 * value:.1f}"))
+    else:
+        print(score_table(cells, arguments))
 
 
 if __name__ == "__main__":

@@ -384,7 +384,8 @@ void carry_out(const config::Composition& composition, comm::Communicator group,
   Prepared prepared(composition, group, siblings);
   const Shared& shared = prepared.shared;
   if (siblings != nullptr) prepared.running.failure = earlier_failure(shared, group);
-  if (group.is_root()) open_run_directory(composition, shared, group);
+  std::unique_ptr<RunLock> lock;
+  if (group.is_root()) lock = open_run_directory(composition, shared, group);
   group.barrier();
   const fs::path environment = shared.run_directory / "environment.json";
   group.require_same("run directory (it must lie on a file system that all ranks share)",

@@ -82,11 +82,12 @@ void check_run_directory(const config::Composition& composition, const Shared& s
                     directory.string(), difference));
 }
 
-void open_run_directory(const config::Composition& composition, const Shared& shared,
-                        const comm::Communicator& group) {
+std::unique_ptr<RunLock> open_run_directory(const config::Composition& composition,
+                                            const Shared& shared, const comm::Communicator& group) {
   const fs::path& directory = shared.run_directory;
   const fs::path environment_file = directory / "environment.json";
   check_run_directory(composition, shared);
+  auto lock = std::make_unique<RunLock>(directory);
   if (fs::exists(environment_file) && !shared.resume) remove_earlier_run(directory);
   io::remove_leftovers(directory);
   fs::remove(directory / "failure.json");
@@ -98,6 +99,7 @@ void open_run_directory(const config::Composition& composition, const Shared& sh
   environment["configuration"] = without_free_keys(json::parse(composition.json(true)));
   io::write_file(directory / "config.yaml", composition.yaml(true));
   io::write_file(environment_file, environment.dump(2) + "\n");
+  return lock;
 }
 
 }  // namespace espalier::driver

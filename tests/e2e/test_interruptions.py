@@ -56,6 +56,22 @@ def unfinished(run_dir: Path, stage: str) -> bool:
     return not (run_dir / stage / "manifest.json").exists()
 
 
+# ------------------------------------------------------------------------------------------ two starts
+def test_a_second_start_in_the_same_directory_is_refused_and_disturbs_nothing(files, undisturbed, tmp_path):
+    command = settings(files, tmp_path / "run", **WORK)
+    first = Started(command, ranks=2)
+    first.wait_until(lambda: pruning_has_saved(tmp_path / "run", 2))
+    owner = json.loads((tmp_path / "run/run.lock").read_text())
+    assert owner["process"] == first.ranks()[0]
+    second = program.run(*command, ranks=2)
+    assert second.code == 3 and len(second.messages) == 1, str(second)
+    for part in (f"process {owner['process']} on {owner['host']}", "last seen", str(tmp_path / "run"), "run.dir"):
+        assert part in second.messages[0]
+    assert first.end().code == 0
+    assert not (tmp_path / "run/run.lock").exists()
+    assert differences(undisturbed, results(tmp_path / "run")) == []
+
+
 # ------------------------------------------------------------------------------------------ kills
 @pytest.mark.parametrize("seed", [1, 2])
 def test_any_rank_killed_in_prune_and_in_retrain_leaves_the_bits_of_an_undisturbed_run(
