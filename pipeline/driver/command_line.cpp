@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <span>
+
 #include "pipeline/errors.h"
 
 namespace espalier::driver {
@@ -26,6 +28,7 @@ std::string usage() {
 usage: espalier [flags] [overrides]
        mpirun -n RANKS espalier [flags] [overrides]
        espalier decode BASE RESIDUAL.h5... OUT  residuals on their base, as a dense checkpoint
+       espalier inspect PATH [--json]           what a model, an artifact or a run holds
 
 flags
   --config-name NAME    the configuration (default: default)
@@ -56,6 +59,19 @@ CommandLine read_command_line(int count, char** arguments) {
     if (line.decode.size() < 3)
       throw UserError(fmt::format("decode takes BASE RESIDUAL.h5... OUT; {} words are given",
                                   line.decode.size()));
+    return line;
+  }
+  if (!words.empty() && words[0] == "inspect") {
+    line.wish = CommandLine::Wish::inspect;
+    for (const std::string& word : std::span(words).subspan(1)) {
+      if (word == "--json")
+        line.as_json = true;
+      else if (line.inspect.empty() && !word.starts_with("-"))
+        line.inspect = word;
+      else
+        throw UserError(fmt::format("inspect takes PATH [--json]; {} is neither", word));
+    }
+    if (line.inspect.empty()) throw UserError("inspect takes PATH [--json]");
     return line;
   }
   // "--flag value" and "--flag=value".

@@ -10,12 +10,14 @@
 namespace espalier::driver {
 
 struct CommandLine {
-  enum class Wish { run, help, configuration, defaults, version, decode };
+  enum class Wish { run, help, configuration, defaults, version, decode, inspect };
   Wish wish = Wish::run;
   bool multirun = false, resolve = false;
   bool plan = false;  ///< tell what the run would do instead of doing it
   config::Request request;
   std::vector<std::string> decode;  ///< BASE RESIDUAL... OUT
+  std::string inspect;              ///< PATH
+  bool as_json = false;
 };
 
 /// Throws UserError that states the usage for what it does not know.

@@ -14,6 +14,7 @@
 #include "pipeline/driver/signals.h"
 #include "pipeline/driver/sweep_summary.h"
 #include "pipeline/errors.h"
+#include "pipeline/inspect/inspection.h"
 #include "pipeline/io/checksum.h"
 #include "pipeline/linalg/product.h"
 #include "stages/compress/decode.h"
@@ -154,6 +155,11 @@ void print(const CommandLine& line) {
                                  line.decode.back());
       fmt::print("decoded into {}\n", line.decode.back());
       return;
+    case CommandLine::Wish::inspect: {
+      const inspect::Facts facts = inspect::inspect(line.inspect);
+      fmt::print("{}", line.as_json ? facts.dump(2) + "\n" : inspect::text_of(facts));
+      return;
+    }
     case CommandLine::Wish::run:
       return;
   }

@@ -24,4 +24,11 @@ inline constexpr std::array<DtypeName, 10> kDtypeNames = {{{"F64", at::kDouble},
                                                            {"U8", at::kByte},
                                                            {"BOOL", at::kBool}}};
 
+/// "F32"; empty for a type that safetensors does not have.
+constexpr std::string_view name_of(at::ScalarType dtype) {
+  for (const DtypeName& known : kDtypeNames)
+    if (known.dtype == dtype) return known.name;
+  return {};
+}
+
 }  // namespace espalier::io

@@ -16,9 +16,9 @@ namespace {
 constexpr const char* kTermMark = ".added.";  // "M.added.down": pipeline/model/added_terms.h
 
 std::string type_name(at::ScalarType type) {
-  for (const io::DtypeName& known : io::kDtypeNames)
-    if (known.dtype == type) return std::string(known.name);
-  throw DefectError(fmt::format("adapters.h5 stores no {}", c10::toString(type)));
+  const std::string_view name = io::name_of(type);
+  if (name.empty()) throw DefectError(fmt::format("adapters.h5 stores no {}", c10::toString(type)));
+  return std::string(name);
 }
 
 at::ScalarType type_of(const std::string& name, const std::string& where) {

@@ -28,14 +28,14 @@ at::Tensor pack_bits(const at::Tensor& mask) {
   return packed;
 }
 
+}  // namespace
+
 int64_t count_bits(const at::Tensor& packed) {
   const uint8_t* bytes = packed.const_data_ptr<uint8_t>();
   int64_t bits = 0;
   for (int64_t i = 0; i < packed.numel(); ++i) bits += __builtin_popcount(bytes[i]);
   return bits;
 }
-
-}  // namespace
 
 BlockFiles::BlockFiles(const driver::StageContext& context, const model::Architecture& architecture,
                        const io::Checkpoint& base)
@@ -102,6 +102,7 @@ nlohmann::json BlockFiles::assemble_masks(int64_t blocks) const {
            {"sparsity", static_cast<double>(zeros) / static_cast<double>(rows * columns)}});
     }
   }
+  out.attribute("/", "kind", std::string("espalier.masks"));
   out.commit();
   return matrices;
 }

@@ -7,8 +7,10 @@
 ///   model/ends.safetensors          the pooler's, which counts as one more block here
 ///   state/mask-00007.safetensors    masks by matrix, one bit a weight (1: pruned)
 ///   masks.h5                        all masks: uint8 [rows, ceil(columns / 8)], most significant
-///   bit
-///                                   first, attribute columns; written when every block is done
+///                                   bit first, attribute columns; kind "espalier.masks"; written
+///                                   when every block is done
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <filesystem>
@@ -22,6 +24,9 @@
 #include "stages/prune/matrix_pruning.h"
 
 namespace espalier::prune {
+
+/// Bits that are 1 of uint8 [...].
+int64_t count_bits(const at::Tensor& packed);
 
 class BlockFiles {
  public:
