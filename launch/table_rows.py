@@ -94,9 +94,10 @@ class Member:
 
     def losses(self, parts: int) -> list[float]:
         steps = self.events("step")
+        last = max(steps, default=0)
         groups: list[list[float]] = [[] for _ in range(parts)]
         for step, line in steps.items():
-            groups[(step - 1) * parts // max(steps)].append(line["loss"])
+            groups[(step - 1) * parts // last].append(line["loss"])
         return [statistics.mean(group) for group in groups if group]
 
     def curve(self) -> list[float]:
@@ -212,7 +213,7 @@ def curve_table(cells: dict, column: str, points_of: Callable[[Member], list[flo
             if means:
                 rows.append([label(cell), task, *map(text, means)])
     if not rows:
-        sys.exit(f"espalier: no member that --where keeps has a learning curve")
+        sys.exit("espalier: no member that --where keeps has a learning curve")
     width = max(map(len, rows))
     return table(["cell", "task", *[f"{column} {i}" for i in range(1, width - 1)]],
                  [row + [""] * (width - len(row)) for row in rows])

@@ -27,22 +27,25 @@ glue() { sweep table_glue "$@"; }
 seeds="run.seed=0,1,2"   # where an ordering is at stake
 
 dsee_table() {
-  local cell="task=sst2 cell=dsee"
+  local cell="task=sst2 cell=dsee" one="run.seed=0"
   glue task=sst2,cola,mrpc,rte run.seed=0 cell=full,top,lora,bitfit,dsee
-  glue task=sst2 $seeds cell=full,top,lora,bitfit,dsee
-  glue $cell $seeds discover.cardinality=8,64,256
+  glue task=sst2 $seeds cell=full,lora,dsee
+  glue $cell $one discover.cardinality=8,256
+  glue $cell $seeds discover.cardinality=64
   glue $cell $seeds discover.cardinality=64 discover=magnitude,random
   # With and without S at equal numbers: 768 positions count as one rank of a matrix of 384 x 384.
   glue $cell $seeds retrain.adapter_rank=2 retrain.alpha=4.0 retrain.index_sets=none
   glue $cell $seeds retrain.adapter_rank=1 retrain.alpha=2.0 discover.cardinality=768
   # Targets at equal numbers; query and value are the cell's own.
-  glue $cell $seeds retrain.adapter_rank=32 retrain.alpha=64.0 'retrain.targets=[query],[key],[value]'
-  glue $cell $seeds 'retrain.targets=[query,key],[key,value]'
-  glue $cell $seeds retrain.adapter_rank=8 retrain.alpha=16.0 'retrain.targets=[query,key,value,"*attention.output.dense"]'
+  glue $cell $one retrain.adapter_rank=32 retrain.alpha=64.0 'retrain.targets=[query],[key],[value]'
+  glue $cell $one 'retrain.targets=[query,key],[key,value]'
+  glue $cell $one retrain.adapter_rank=8 retrain.alpha=16.0 'retrain.targets=[query,key,value,"*attention.output.dense"]'
   # Masks and heads, and the criteria at the strongest of each.
-  glue task=sst2 $seeds cell=dsee_masks prune.sparsity=0.2,0.3,0.5
+  glue task=sst2 $one cell=dsee_masks prune.sparsity=0.2,0.3
+  glue task=sst2 $seeds cell=dsee_masks prune.sparsity=0.5
   glue task=sst2 $seeds cell=dsee_masks prune.sparsity=0.5 prune.criterion=merged,magnitude,random
-  glue task=sst2 $seeds cell=dsee_heads prune.heads=3,6,9
+  glue task=sst2 $one cell=dsee_heads prune.heads=3,6
+  glue task=sst2 $seeds cell=dsee_heads prune.heads=9
   glue task=sst2 $seeds cell=dsee_heads prune.heads=9 prune.criterion=merged,magnitude,random
 }
 
@@ -50,7 +53,8 @@ lora_xs_table() {
   local smallest="cell=lora_xs retrain.adapter_rank=4"
   glue task=sst2 $seeds cell=full,lora,vera
   glue task=cola run.seed=0 cell=full,lora,vera
-  glue task=sst2 $seeds cell=lora_xs retrain.adapter_rank=4,8,12,16,20,25
+  glue task=sst2 run.seed=0 cell=lora_xs retrain.adapter_rank=8,12,16,20
+  glue task=sst2 $seeds cell=lora_xs retrain.adapter_rank=4,25
   glue task=cola run.seed=0 cell=lora_xs retrain.adapter_rank=4,16,25
   glue task=sst2 $seeds $smallest retrain.init=svd_random,random
   glue task=sst2 $seeds $smallest retrain.subspace=middle,bottom
@@ -60,7 +64,7 @@ lora_xs_table() {
 ether_table() {
   local methods="cell=ether,ether_plus,lora_all,oft,naive"
   glue task=sst2 run.seed=0 $methods retrain.learning_rate=1e-4,3e-4,1e-3,3e-3,1e-2,1e-1
-  glue task=sst2 $seeds $methods retrain.learning_rate=1e-3,1e-2
+  glue task=sst2 $seeds cell=ether,ether_plus,lora_all retrain.learning_rate=1e-3,1e-2
   glue task=sst2 run.seed=0 cell=ether,ether_plus retrain.blocks=1,32
   glue task=sst2 run.seed=0 cell=ether retrain.side=output,both
   glue task=sst2 run.seed=0 cell=ether_plus retrain.side=input,output

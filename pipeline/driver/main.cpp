@@ -156,8 +156,10 @@ void print(const CommandLine& line) {
       fmt::print("decoded into {}\n", line.decode.back());
       return;
     case CommandLine::Wish::inspect: {
+      constexpr auto kReplace = nlohmann::json::error_handler_t::replace;  // names need be no UTF-8
       const inspect::Facts facts = inspect::inspect(line.inspect);
-      fmt::print("{}", line.as_json ? facts.dump(2) + "\n" : inspect::text_of(facts));
+      fmt::print("{}", line.as_json ? facts.dump(2, ' ', false, kReplace) + "\n"
+                                    : inspect::text_of(facts));
       return;
     }
     case CommandLine::Wish::run:

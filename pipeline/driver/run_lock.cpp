@@ -43,16 +43,16 @@ std::string link_text(const fs::path& link) {
   return fs::read_symlink(link, error).string();
 }
 
-/// When the process began, in ticks since boot; empty when it is gone or a zombie. Tells a process
-/// from a later one of the same number.
-std::string start_of_process(int64_t process) {
+/// When the process began, in ticks since boot, which tells it from a later one of the same number;
+/// "gone" of a zombie; nullopt where /proc does not say.
+std::optional<std::string> start_of_process(int64_t process) {
   const std::string stat = text_of(fmt::format("/proc/{}/stat", process));
   const size_t name_end = stat.rfind(')');
-  if (name_end == std::string::npos) return "";
+  if (name_end == std::string::npos) return std::nullopt;
   std::istringstream fields(stat.substr(name_end + 1));
   std::vector<std::string> field(20);  // from the third on: the state, ..., the start
   for (std::string& text : field) fields >> text;
-  return field.front() == "Z" || field.front() == "X" ? "" : field.back();
+  return field.front() == "Z" || field.front() == "X" ? "gone" : field.back();
 }
 
 std::string local_time() {
@@ -78,7 +78,7 @@ json own_description() {
           {"boot", boot},
           {"namespace", link_text("/proc/self/ns/pid")},
           {"process", getpid()},
-          {"started", start_of_process(getpid())},
+          {"started", start_of_process(getpid()).value_or("")},
           {"job", variable("SLURM_JOB_ID")},
           {"restart", variable("SLURM_RESTART_COUNT")},
           {"time", local_time()}};
@@ -103,13 +103,15 @@ int64_t process_in(const json& description) {
 /// Whether the owner lives, where this process can see it.
 std::optional<bool> owner_lives(const json& owner) {
   const json own = own_description();
-  const bool same_job =
-      !text_in(own, "job").empty() && text_in(owner, "job") == text_in(own, "job");
-  if (same_job && text_in(owner, "restart") != text_in(own, "restart")) return false;  // requeued
-  if (process_in(owner) <= 0 || text_in(owner, "host") != text_in(own, "host")) return std::nullopt;
-  if (text_in(owner, "boot") != text_in(own, "boot")) return false;  // the host began anew
-  if (text_in(owner, "namespace") != text_in(own, "namespace")) return std::nullopt;
-  return start_of_process(process_in(owner)) == text_in(owner, "started");
+  const auto same = [&](const char* key) { return text_in(owner, key) == text_in(own, key); };
+  if (!text_in(own, "job").empty() && same("job") && !same("restart")) return false;  // requeued
+  const auto process = static_cast<pid_t>(process_in(owner));
+  // Hosts may share a name; a boot is of one.
+  if (process <= 0 || !same("host") || !same("boot") || !same("namespace")) return std::nullopt;
+  if (::kill(process, 0) != 0 && errno == ESRCH) return false;
+  const auto started = start_of_process(process);
+  if (!started || text_in(owner, "started").empty()) return std::nullopt;
+  return *started == text_in(owner, "started");
 }
 
 std::optional<fs::file_time_type> time_of(const fs::path& file) {
@@ -124,26 +126,34 @@ fs::file_time_type now_in(const fs::path& directory) {
   return time_of(probe.temporary()).value_or(fs::file_time_type::clock::now());
 }
 
+/// Gives `from` the name `to` unless that is taken: false. Throws EnvironmentError where neither
+/// hard links nor renaming without replacing is to be had.
+bool place(const fs::path& from, const fs::path& to) {
+  if (::link(from.c_str(), to.c_str()) == 0) {
+    ::unlink(from.c_str());
+    return true;
+  }
+  if (errno == EEXIST) return false;
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) == 0) return true;
+  if (errno == EEXIST) return false;
+  io::throw_environment_error(to, "cannot be made", errno);
+}
+
 /// True when it made the file, false when there is one.
 bool create(const fs::path& file, const std::string& content) {
-  const int descriptor = ::open(file.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-  if (descriptor < 0 && errno == EEXIST) return false;
-  if (descriptor < 0) io::throw_environment_error(file, "cannot be made", errno);
-  const ssize_t written = ::write(descriptor, content.data(), content.size());
-  const int problem = written == static_cast<ssize_t>(content.size()) ? 0 : errno;
-  ::close(descriptor);
-  if (problem == 0) return true;
-  ::unlink(file.c_str());
-  io::throw_environment_error(file, "cannot be written", problem);
+  io::AtomicFile whole(file);
+  whole.write(content);
+  return place(whole.temporary(), file);
 }
 
 /// Takes a lock of this content away; another that came into its place meanwhile is put back.
 void remove_stale(const fs::path& file, const std::string& content) {
   const fs::path aside = fmt::format("{}.stale.{}", file.string(), getpid());
-  if (::rename(file.c_str(), aside.c_str()) != 0) return;  // somebody else was faster
-  if (text_of(aside) != content) [[maybe_unused]]
-    const int put_back = ::link(aside.c_str(), file.c_str());
-  ::unlink(aside.c_str());
+  if (::rename(file.c_str(), aside.c_str()) != 0) {
+    if (errno == ENOENT) return;  // somebody else was faster
+    io::throw_environment_error(file, "the lock of a start that is gone cannot be removed", errno);
+  }
+  if (text_of(aside) == content || !place(aside, file)) ::unlink(aside.c_str());
 }
 
 std::string name_of(const json& owner) {
@@ -153,33 +163,48 @@ std::string name_of(const json& owner) {
                      job.empty() ? "" : fmt::format(" (job {})", job), text_in(owner, "time"));
 }
 
-[[noreturn]] void refuse(const fs::path& directory, const json& owner, milliseconds age) {
+milliseconds age_of(const fs::path& file, fs::file_time_type seen) {
+  return std::chrono::duration_cast<milliseconds>(now_in(file.parent_path()) - seen);
+}
+
+std::string seen_text(milliseconds age) {
+  return fmt::format("last seen {} s ago",
+                     std::chrono::duration_cast<std::chrono::seconds>(age).count());
+}
+
+/// `until`: when it would be taken for gone, where that goes by its age.
+[[noreturn]] void refuse(const fs::path& directory, const json& owner, milliseconds age,
+                         std::optional<milliseconds> until = std::nullopt) {
   throw EnvironmentError(fmt::format(
-      "{}: is in use by {}, last seen {} s ago; wait for its end or choose another run.dir",
-      directory.string(), name_of(owner),
-      std::chrono::duration_cast<std::chrono::seconds>(age).count()));
+      "{}: is in use by {}, {}; wait for its end or choose another run.dir{}", directory.string(),
+      name_of(owner), seen_text(age),
+      until ? fmt::format("; if it was killed, the same command goes on from {} s from now",
+                          1 + std::chrono::duration_cast<std::chrono::seconds>(*until).count())
+            : ""));
 }
 
 /// Returns when the lock of this content is stale or gone; throws when it is held.
 void require_stale(const fs::path& file, const std::string& content, RunLock::Timing timing) {
+  const fs::path directory = file.parent_path();
   const json owner = description_in(content);
   const auto seen = time_of(file);
   if (!seen) return;
-  const auto age = std::chrono::duration_cast<milliseconds>(now_in(file.parent_path()) - *seen);
-  if (owner_lives(owner)) {
-    const auto patience = std::chrono::steady_clock::now() + kEnding;
-    while (*owner_lives(owner)) {
-      if (std::chrono::steady_clock::now() > patience) refuse(file.parent_path(), owner, age);
-      std::this_thread::sleep_for(milliseconds(50));
-    }
-    return;
+  const milliseconds age = age_of(file, *seen);
+  const auto patience = std::chrono::steady_clock::now() + kEnding;
+  while (const auto lives = owner_lives(owner)) {
+    if (!*lives) return;
+    if (std::chrono::steady_clock::now() > patience) refuse(directory, owner, age);
+    std::this_thread::sleep_for(milliseconds(50));
   }
-  if (age < timing.silence) refuse(file.parent_path(), owner, age);
+  if (age < timing.silence) refuse(directory, owner, age, timing.silence - age);
+  fmt::print("{}: was in use by {}, {}; waiting for a sign of life\n", directory.string(),
+             name_of(owner), seen_text(age));
+  std::fflush(stdout);
   std::this_thread::sleep_for(2 * timing.beat);
+  text_of(file);  // opened anew, so that a network file system asks the server for the time
   if (const auto later = time_of(file); later && *later != *seen)
-    refuse(file.parent_path(), owner, milliseconds(0));
-  fmt::print("{}: was in use by {}, which is gone; the run is taken over\n",
-             file.parent_path().string(), name_of(owner));
+    refuse(directory, owner, milliseconds(0), timing.silence);
+  fmt::print("{}: none came, the run is taken over\n", directory.string());
   std::fflush(stdout);
 }
 
@@ -187,7 +212,6 @@ void require_stale(const fs::path& file, const std::string& content, RunLock::Ti
 
 RunLock::RunLock(const fs::path& directory, Timing timing)
     : file_(directory / "run.lock"), timing_(timing), content_(own_description().dump() + "\n") {
-  fs::create_directories(directory);
   while (!create(file_, content_)) {
     const std::string found = text_of(file_);
     require_stale(file_, found, timing_);
@@ -215,6 +239,18 @@ void RunLock::beat(const std::stop_token& stop) const {
     }
     ::utimensat(AT_FDCWD, file_.c_str(), nullptr, 0);
   }
+}
+
+std::optional<std::string> owner_of(const fs::path& directory) {
+  const fs::path file = directory / "run.lock";
+  const auto seen = time_of(file);
+  if (!seen) return std::nullopt;
+  const json owner = description_in(text_of(file));
+  const auto age =
+      std::chrono::duration_cast<milliseconds>(fs::file_time_type::clock::now() - *seen);
+  const auto lives = owner_lives(owner);
+  return fmt::format("{}, {}{}", name_of(owner), seen_text(age),
+                     lives && !*lives ? "; it is gone" : "");
 }
 
 }  // namespace espalier::driver

@@ -11,6 +11,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -24,7 +25,7 @@ class RunLock {
   };
 
   /// By one rank. Takes the lock of `directory`, a stale one too. Throws EnvironmentError naming
-  /// owner, host and age when another start has it.
+  /// owner, host and age when another start has it, or when it cannot be made.
   explicit RunLock(const std::filesystem::path& directory) : RunLock(directory, Timing{}) {}
   RunLock(const std::filesystem::path& directory, Timing timing);
   /// Gives it back.
@@ -42,5 +43,9 @@ class RunLock {
   std::string content_;
   std::jthread heart_;
 };
+
+/// "process 12 on node1 (job 7) since ..., last seen 4 s ago", and whether it is gone where that
+/// can be seen; nullopt when nobody has the directory. Never fails because of the file's content.
+std::optional<std::string> owner_of(const std::filesystem::path& directory);
 
 }  // namespace espalier::driver

@@ -30,6 +30,11 @@ json of_hdf5(const fs::path& file) {
   else if (reader.has_attribute("/", "base_checksum"))
     kind = "espalier.adapters";  // whose files have no such attribute
   const auto found = kinds().find(kind);
+  if (kind.empty())
+    throw UserError(fmt::format(
+        "{}: does not say what it holds; it is none of espalier's files, or of an earlier version "
+        "whose masks did not",
+        file.string()));
   if (found == kinds().end())
     throw UserError(fmt::format("{}: its kind is '{}', none of {}", file.string(), kind,
                                 fmt::join(std::views::keys(kinds()), ", ")));
@@ -41,6 +46,7 @@ json of_hdf5(const fs::path& file) {
 json of_directory(const fs::path& directory) {
   if (is_run(directory)) return describe_run(directory);
   if (is_stage(directory)) return describe_stage(directory);
+  if (is_sweep(directory)) return describe_sweep(directory);
   return describe_model(directory);
 }
 
@@ -50,13 +56,13 @@ FileKind::FileKind(const std::string& kind, FileInspector inspector) {
   kinds()[kind] = std::move(inspector);
 }
 
-at::Tensor read_dataset(const io::Hdf5Reader& reader, const std::string& name, at::ScalarType dtype,
-                        size_t dimensions) {
+at::Tensor read_dataset(const io::Hdf5Reader& reader, const fs::path& file, const std::string& name,
+                        at::ScalarType dtype, size_t dimensions) {
   const size_t found = reader.shape("/" + name).size();
   if (found != dimensions)
     throw UserError(
-        fmt::format("/{}: has {} dimensions, not {}; the file is damaged, write it again", name,
-                    found, dimensions));
+        fmt::format("{}: /{}: has {} dimensions, not {}; the file is damaged, write it again",
+                    file.string(), name, found, dimensions));
   return reader.read("/" + name, dtype);
 }
 

@@ -23,16 +23,16 @@ struct FileKind {
   FileKind(const std::string& kind, FileInspector inspector);
 };
 
-/// A data set, whole. Throws UserError unless it has so many dimensions.
-at::Tensor read_dataset(const io::Hdf5Reader& reader, const std::string& name, at::ScalarType dtype,
-                        size_t dimensions);
+/// A data set of `file`, whole. Throws UserError unless it has so many dimensions.
+at::Tensor read_dataset(const io::Hdf5Reader& reader, const std::filesystem::path& file,
+                        const std::string& name, at::ScalarType dtype, size_t dimensions);
 
 /// {"kind", "path", ...} of a checkpoint (directory or .safetensors file), a run's or a stage's
 /// directory, or an HDF5 file of espalier's. Reads all tensors of a model to count zeros. Throws
 /// UserError naming the path when it is none of these, or damaged.
 Facts inspect(const std::filesystem::path& path);
 
-/// For a person: bytes and shares in their units; rows whose names differ in numbers alone are one
+/// For a person: shares in percent; tensors and files whose names differ in numbers alone are one
 /// line, with how many they are and the ranges of what differs.
 std::string text_of(const Facts& inspection);
 

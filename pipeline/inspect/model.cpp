@@ -95,8 +95,8 @@ json describe_model(const fs::path& path) {
   if (!below.empty()) inspection["stands_on"] = below;
   if (const auto matrices = model::matrices_with_terms(checkpoint); !matrices.empty())
     inspection["matrices_with_terms"] = matrices;
-  const fs::path stage = fs::absolute(path).lexically_normal().parent_path();
-  if (is_stage(stage)) inspection["made_by"] = describe_stage(stage)["stage"];
+  const fs::path stage = (fs::absolute(path) / "").lexically_normal().parent_path().parent_path();
+  if (is_stage(stage)) inspection["made_by"] = stage.filename().string();
   inspection["tensors"] = std::move(tensors);
   return inspection;
 }

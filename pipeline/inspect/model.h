@@ -7,9 +7,10 @@
 
 namespace espalier::inspect {
 
-/// {"kind": "model", "architecture", "parameters", "nonzeros", "sparsity", "bytes", "stands_on",
-/// "heads_removed", "matrices_with_terms", "made_by", "tensors": [{"name", "shape", "dtype",
-/// "sparsity", "pattern"}]}; keys without content are left out. One read of all tensors.
+/// {"kind": "model", "parameters", "nonzeros", "sparsity", "bytes", "architecture", "blocks",
+/// "heads_removed", "stands_on", "matrices_with_terms", "made_by", "tensors": [{"name", "shape",
+/// "dtype", "bytes", "nonzeros", "sparsity", "pattern"}]}; keys of the model without content are
+/// left out. One read of all tensors.
 Facts describe_model(const std::filesystem::path& path);
 
 }  // namespace espalier::inspect

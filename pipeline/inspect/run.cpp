@@ -4,7 +4,11 @@
 
 #include <algorithm>
 
+#include "pipeline/driver/run_directory.h"
+#include "pipeline/driver/run_lock.h"
+#include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/json.h"
 #include "pipeline/io/manifest.h"
 
@@ -13,12 +17,37 @@ namespace {
 
 namespace fs = std::filesystem;
 using json = nlohmann::ordered_json;
+using Parsed = nlohmann::json;
 
 constexpr const char* kEnvironmentFile = "environment.json";
 constexpr const char* kManifestFile = "manifest.json";
 
-nlohmann::json read_json(const fs::path& file) {
-  return fs::exists(file) ? io::parse_json(io::read_file(file), file.string()) : nlohmann::json();
+/// The object in a file; empty without the file. Throws UserError where it holds something else.
+Parsed read_object(const fs::path& file) {
+  if (!fs::exists(file)) return Parsed::object();
+  const Parsed content = io::parse_json(io::read_file(file), file.string());
+  if (!content.is_object())
+    throw UserError(fmt::format("{}: an object is expected; it is damaged", file.string()));
+  return content;
+}
+
+/// What stands under the keys, one inside the other; null where any is absent.
+Parsed at(const Parsed& object, std::initializer_list<const char*> keys) {
+  Parsed found = object;
+  for (const char* key : keys) {
+    if (!found.is_object() || !found.contains(key)) return {};
+    found = Parsed(found[key]);
+  }
+  return found;
+}
+
+std::string text_at(const Parsed& object, std::initializer_list<const char*> keys) {
+  const Parsed found = at(object, keys);
+  return found.is_string() ? found.get<std::string>() : "";
+}
+
+void add(json& inspection, const char* name, const Parsed& value) {
+  if (value.is_primitive() && !value.is_null()) inspection[name] = value;
 }
 
 int64_t bytes_of(const std::vector<io::Output>& outputs) {
@@ -42,49 +71,96 @@ json stage_row(const fs::path& directory) {
   return row;
 }
 
-}  // namespace
-
-bool is_run(const fs::path& directory) { return fs::exists(directory / kEnvironmentFile); }
-bool is_stage(const fs::path& directory) { return fs::exists(directory / kManifestFile); }
-
-json describe_run(const fs::path& directory) {
-  const nlohmann::json environment = read_json(directory / kEnvironmentFile);
-  const nlohmann::json configuration = environment.value("configuration", nlohmann::json::object());
-  json inspection = {{"kind", "run"}};
-  for (const char* key : {"espalier", "host", "processor", "ranks", "threads_per_rank"})
-    if (environment.contains(key)) inspection[key] = environment[key];
-  if (configuration.contains("model"))
-    inspection["model"] = configuration["model"].value("path", "");
-  if (configuration.contains("run")) inspection["seed"] = configuration["run"].value("seed", 0);
-  if (const nlohmann::json owner = read_json(directory / "run.lock"); owner.is_object())
-    inspection["in_use_by"] = fmt::format("process {} on {} since {}", owner.value("process", 0),
-                                          owner.value("host", ""), owner.value("time", ""));
-  if (const nlohmann::json failure = read_json(directory / "failure.json"); failure.is_object())
-    inspection["failure"] =
-        fmt::format("{}: {}", failure.value("stage", ""), failure.value("message", ""));
+json stage_rows(const fs::path& run, const Parsed& configuration) {
   json stages = json::array();
   int64_t number = 0;
-  for (const nlohmann::json& entry : configuration.value("pipeline", nlohmann::json::array()))
+  for (const Parsed& entry : at(configuration, {"pipeline"}))
     if (entry.is_string())
       stages.push_back(
-          stage_row(directory / fmt::format("{:02}-{}", ++number, entry.get<std::string>())));
-  inspection["stages"] = std::move(stages);
+          stage_row(run / fmt::format("{:02}-{}", ++number, entry.get<std::string>())));
+  return stages;
+}
+
+std::string failure_of(const fs::path& run) {
+  const Parsed failure = read_object(run / "failure.json");
+  if (failure.empty()) return "";
+  return fmt::format("{}: {}", text_at(failure, {"stage"}), text_at(failure, {"message"}));
+}
+
+/// The figures of a stage; of an evaluation those that each task reports.
+json figures_of(const Parsed& metrics) {
+  json figures = json::object();
+  for (const auto& [name, value] : metrics.items()) add(figures, name.c_str(), value);
+  const Parsed tasks = at(metrics, {"tasks"});
+  if (!tasks.is_object()) return figures;
+  for (const auto& [task, row] : tasks.items())
+    for (const Parsed& name : at(row, {"reported"}))
+      if (name.is_string())
+        add(figures, fmt::format("{} {}", task, name.get<std::string>()).c_str(),
+            at(row, {name.get<std::string>().c_str()}));
+  return figures;
+}
+
+std::vector<fs::path> runs_below(const fs::path& directory) {
+  std::vector<fs::path> runs;
+  for (const std::string& name : io::subdirectories(directory))
+    if (is_run(directory / name)) runs.push_back(directory / name);
+  return runs;
+}
+
+}  // namespace
+
+bool is_sweep(const fs::path& directory) { return !runs_below(directory).empty(); }
+bool is_run(const fs::path& directory) { return fs::exists(directory / kEnvironmentFile); }
+bool is_stage(const fs::path& directory) {
+  return fs::exists(directory / kManifestFile) ||
+         (driver::is_stage_directory(directory) && is_run(fs::absolute(directory).parent_path()));
+}
+
+json describe_sweep(const fs::path& directory) {
+  json members = json::array();
+  for (const fs::path& run : runs_below(directory)) {
+    const json stages = stage_rows(run, at(read_object(run / kEnvironmentFile), {"configuration"}));
+    const auto finished = std::count_if(stages.begin(), stages.end(), [](const json& stage) {
+      return stage["status"] == "finished";
+    });
+    json member = {
+        {"name", run.filename().string()}, {"finished", finished}, {"stages", stages.size()}};
+    if (const std::string failure = failure_of(run); !failure.empty()) member["failure"] = failure;
+    members.push_back(std::move(member));
+  }
+  return {{"kind", "sweep"}, {"members", std::move(members)}};
+}
+
+json describe_run(const fs::path& directory) {
+  const Parsed environment = read_object(directory / kEnvironmentFile);
+  json inspection = {{"kind", "run"}};
+  for (const char* key : {"espalier", "host", "processor", "ranks", "threads_per_rank"})
+    add(inspection, key, at(environment, {key}));
+  add(inspection, "model", at(environment, {"configuration", "model", "path"}));
+  add(inspection, "seed", at(environment, {"configuration", "run", "seed"}));
+  if (const auto owner = driver::owner_of(directory)) inspection["in_use_by"] = *owner;
+  if (const std::string failure = failure_of(directory); !failure.empty())
+    inspection["failure"] = failure;
+  inspection["stages"] = stage_rows(directory, at(environment, {"configuration"}));
   return inspection;
 }
 
 json describe_stage(const fs::path& directory) {
   const auto manifest = io::read_manifest(directory);
-  json inspection = {{"kind", "stage"},
-                     {"stage", manifest->stage},
+  json inspection = {{"kind", "stage"}};
+  if (!manifest) {
+    inspection["status"] = "unfinished";
+    return inspection;
+  }
+  inspection.update({{"stage", manifest->stage},
                      {"status", manifest->status},
                      {"key", manifest->key},
                      {"seconds", manifest->seconds},
-                     {"bytes", bytes_of(manifest->outputs)}};
+                     {"bytes", bytes_of(manifest->outputs)}});
   for (const char* key : {"ranks", "threads_per_rank", "dtype", "backend", "products"})
-    if (manifest->facts.contains(key)) inspection[key] = manifest->facts[key];
-  const nlohmann::json metrics = read_json(directory / "metrics.json");
-  for (const auto& [name, value] : metrics.items())
-    if (value.is_primitive() && !value.is_null()) inspection["metrics"][name] = value;
+    add(inspection, key, at(manifest->facts, {key}));
+  inspection["metrics"] = figures_of(read_object(directory / "metrics.json"));
   json outputs = json::array();
   for (const io::Output& output : manifest->outputs)
     outputs.push_back({{"name", output.path}, {"bytes", output.bytes}});

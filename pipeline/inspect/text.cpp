@@ -39,7 +39,7 @@ std::string without_numbers(const std::string& name) {
     part.clear();
   };
   for (const char c : name) {
-    if (c != '.' && c != '/') {
+    if (c != '.' && c != '/' && c != '-') {
       part += c;
       continue;
     }
@@ -56,8 +56,9 @@ std::vector<std::string> parts_of(const json& list) {
   std::vector<std::string> parts;
   for (const json& part : list) {
     std::string text = part.is_string() ? part.get<std::string>() : part.dump();
-    if (list.size() > kLong) text = without_numbers(text);
-    if (list.size() <= kLong || std::find(parts.begin(), parts.end(), text) == parts.end())
+    const bool name = text.find('.') != std::string::npos;
+    if (list.size() > kLong && name) text = without_numbers(text);
+    if (list.size() <= kLong || !name || std::find(parts.begin(), parts.end(), text) == parts.end())
       parts.push_back(std::move(text));
   }
   return parts;
@@ -93,13 +94,14 @@ bool is_table(const json& value) {
   return value.is_array() && !value.empty() && value[0].is_object();
 }
 
-std::string table_of(const json& rows) {
+std::string table_of(const json& rows, bool folding) {
   std::vector<std::string> names, keys;
   std::map<std::string, std::vector<json>> alike;
   for (const json& row : rows) {
     for (const auto& [key, value] : row.items())
       if (std::find(keys.begin(), keys.end(), key) == keys.end()) keys.push_back(key);
-    std::string name = without_numbers(row.value("name", ""));
+    const std::string own = row.value("name", "");
+    std::string name = folding ? without_numbers(own) : own;
     if (row.contains("shape")) name += row["shape"].dump();
     if (!alike.contains(name)) names.push_back(name);
     alike[name].push_back(row);
@@ -133,7 +135,8 @@ std::string text_of(const json& inspection) {
   std::string tables;
   for (const auto& [key, value] : inspection.items()) {
     if (is_table(value)) {
-      tables += fmt::format("\n{}\n{}", words(key), table_of(value));
+      tables +=
+          fmt::format("\n{}\n{}", words(key), table_of(value, key != "members" && key != "stages"));
     } else if (value.is_object()) {
       for (const auto& [inner, part] : value.items())
         facts.push_back({words(key) + ": " + words(inner), text_of_value(inner, part)});

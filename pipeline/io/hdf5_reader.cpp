@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <nlohmann/json.hpp>
 
 #include "pipeline/errors.h"
 #include "pipeline/io/hdf5.h"
@@ -257,6 +258,11 @@ std::string Hdf5Reader::text_attribute(const std::string& object, const std::str
     }
   }
   if (!read) file_->refuse(object, fmt::format("attribute \"{}\" cannot be read", name));
+  try {
+    (void)nlohmann::json(text).dump();
+  } catch (const nlohmann::json::exception&) {
+    file_->refuse(object, fmt::format("attribute \"{}\" is no UTF-8", name));
+  }
   return text;
 }
 

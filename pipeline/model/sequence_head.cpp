@@ -155,11 +155,6 @@ std::string plain_name(const std::string& name) {
   return number ? "" : plain;
 }
 
-bool tell(const std::vector<std::string>& names) {
-  return std::any_of(names.begin(), names.end(),
-                     [](const std::string& name) { return !plain_name(name).empty(); });
-}
-
 /// For each of `names` its place among `theirs`. Undefined where the order is the same, or where
 /// one of both names no classes; nullopt where they name other classes.
 std::optional<at::Tensor> rows_by_name(const std::vector<std::string>& theirs,
@@ -236,16 +231,17 @@ ClassNames class_names(const io::Checkpoint& checkpoint) {
   } catch (const UserError&) {
   }
   if (!architecture || !labels_of_head(checkpoint, *architecture)) return std::nullopt;
-  const std::vector<std::string> names = label_names(checkpoint, *architecture);
-  return tell(names) ? names : std::vector<std::string>();
+  return label_names(checkpoint, *architecture);
 }
 
 std::vector<std::string> names_after_training(const io::Checkpoint& checkpoint,
                                               const Architecture& a,
                                               const std::vector<std::string>& names) {
+  const bool telling = std::any_of(names.begin(), names.end(), [](const std::string& name) {
+    return !plain_name(name).empty();
+  });
   const auto labels = static_cast<int64_t>(names.size());
-  return tell(names) || labels_of_head(checkpoint, a) != labels ? names
-                                                                : label_names(checkpoint, a);
+  return telling || labels_of_head(checkpoint, a) != labels ? names : label_names(checkpoint, a);
 }
 
 SequenceHead load_sequence_head(const io::Checkpoint& checkpoint, const Architecture& a,

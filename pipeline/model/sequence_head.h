@@ -61,8 +61,7 @@ void write_label_names(const std::filesystem::path& directory,
 std::vector<std::string> names_after_training(const io::Checkpoint& checkpoint,
                                               const Architecture& architecture,
                                               const std::vector<std::string>& names);
-/// In the order of the head's rows, empty where they name nothing ("LABEL_1"); nullopt without a
-/// head.
+/// In the order of the head's rows, empty where nothing names them; nullopt without a head.
 using ClassNames = std::optional<std::vector<std::string>>;
 /// label_names() of any checkpoint; of one that espalier cannot run as of one without a head.
 ClassNames class_names(const io::Checkpoint& checkpoint);

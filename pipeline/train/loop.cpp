@@ -124,9 +124,8 @@ double Loop::largest_of_gradients() const {
 }
 
 std::vector<int64_t> Loop::units_of_this_rank() const {
-  std::vector<double> costs(options_.units, 1.0);
-  if (problem_.cost)
-    for (int64_t unit = 0; unit < options_.units; ++unit) costs[unit] = problem_.cost(step_, unit);
+  const std::vector<double> costs =
+      problem_.costs ? problem_.costs(step_) : std::vector<double>(options_.units, 1.0);
   return longest_first(costs, group_.size())[group_.rank()];
 }
 

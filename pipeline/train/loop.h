@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "pipeline/comm/communicator.h"
 #include "pipeline/train/adamw.h"
@@ -55,8 +56,8 @@ struct Problem {
   std::function<void()> prepare_step;
   /// Loss and gradients of one unit on the calling worker. `step` counts from 0.
   std::function<UnitLoss(int64_t step, int64_t unit, const GradientSink& sink)> unit;
-  /// The work of a unit relative to the step's others, the same on every rank; empty: all alike.
-  std::function<double(int64_t step, int64_t unit)> cost;
+  /// The work of each unit of a step, the same on every rank; empty: all alike.
+  std::function<std::vector<double>(int64_t step)> costs;
   /// The score of the parameters as they are after `steps` steps, lower is better; collective,
   /// the same bits on every rank. Called behind prepare_step.
   std::function<double(int64_t steps)> validate;

@@ -65,8 +65,8 @@ class Compressor {
     if (group.is_root()) {
       whole_ = whole_tensors(base, fine_tuned, tied_, settings.vectors);
       added_ = added_rows(base, fine_tuned, tied_);
-      const std::vector<std::string> none, names = model::class_names(fine_tuned).value_or(none);
-      if (names != model::class_names(base).value_or(none)) labels_ = names;
+      const model::ClassNames names = model::class_names(fine_tuned);
+      if (names != model::class_names(base)) labels_ = names;
     }
     capacity_ = capacity();
   }

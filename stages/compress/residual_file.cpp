@@ -23,7 +23,7 @@ namespace {
 using at::Tensor;
 using nlohmann::json;
 
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 constexpr const char* kKind = "espalier.residual";
 /// Superblock, root group, object headers of five data sets (8192 bytes), and what HDF5 leaves
 /// unused of the blocks of 2048 bytes in which it places tables and small data sets.
@@ -76,10 +76,8 @@ json tied_entry(const TiedTensor& tied) { return {{"name", tied.name}, {"to", ti
 
 /// The oldest version that can say what stands in it.
 int64_t version_of(const Residual& residual) {
-  return residual.method == "ere" && residual.added.empty() && residual.tied.empty() &&
-                 !residual.labels
-             ? 1
-             : 2;
+  if (residual.labels) return 3;
+  return residual.method == "ere" && residual.added.empty() && residual.tied.empty() ? 1 : 2;
 }
 
 json contents_of(const Residual& residual) {
@@ -303,8 +301,8 @@ Residual read_attributes(const io::Hdf5Reader& reader, const std::string& file) 
   Residual residual;
   residual.base_checksum = reader.text_attribute("/", "base_checksum");
   residual.bits = reader.integer_attribute("/", "bits");
-  if (version == 2) residual.method = reader.text_attribute("/", "method");
-  const bool halves = version == 2 && residual.bits == kHalfBits;
+  if (version >= 2) residual.method = reader.text_attribute("/", "method");
+  const bool halves = version >= 2 && residual.bits == kHalfBits;
   if (!halves && (residual.bits < 1 || residual.bits > 8))
     throw UserError(fmt::format("{}: bits is {}, outside [1, 8]", file, residual.bits));
   residual.polar = reader.integer_attribute("/", "polar") != 0;

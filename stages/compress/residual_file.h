@@ -2,13 +2,13 @@
 /// residual.h5: everything that turns a base into its fine-tuned model, and nothing else.
 ///
 /// attributes of /: kind "espalier.residual", version 1 (2 where something stands in it that
-///   version 1 does not know: another method than ere, added rows, tied tensors, labels),
+///   version 1 does not know: another method than ere, added rows, tied tensors; 3: labels),
 ///   base_checksum, checksum (of all datasets), bits, polar (0|1), dtype ("bfloat16"|"float32"|...:
-///   of the decoded model); version 2: method ("ere"|"low_rank"|"quantization").
+///   of the decoded model); from version 2 on: method ("ere"|"low_rank"|"quantization").
 /// /contents   uint8    JSON, in the order of the data below:
 ///   {"matrices": [{"name", "shape", "exponent", "mask", "rank"}], "whole": [{"name", "shape",
-///   "dtype"}]}; version 2: "added" as "whole": rows behind those of the tensor of that name;
-///   "tied": [{"name", "to"}]; "labels": names of the classes, where they are others than the
+///   "dtype"}]}; from version 2 on: "added" as "whole": rows behind those of the tensor of that
+///   name; "tied": [{"name", "to"}]; "labels": names of the classes, where they are others than the
 ///   base's; a matrix without singular vectors has "entries" instead of "rank".
 /// /codes      uint8    for each matrix U's bit stream, then V's (see quantization.h); without
 ///   singular vectors one stream of the rows' entries, with a mask those where the base is not 0

@@ -18,7 +18,7 @@ json describe(const std::filesystem::path& file) {
     for (const char* key : {"rows", "columns", "rank", "iterations"})
       row[key] = reader.integer_attribute("/" + name, key);
     row["objective"] = reader.number_attribute("/" + name, "objective");
-    row["positions"] = inspect::read_dataset(reader, name, at::kLong, 1).numel();
+    row["positions"] = inspect::read_dataset(reader, file, name, at::kLong, 1).numel();
     matrices.push_back(std::move(row));
   }
   return {{"method", reader.text_attribute("/", "method")},

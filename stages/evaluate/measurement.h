@@ -29,6 +29,9 @@ class Measurement {
                                  const model::Architecture& architecture,
                                  const model::TensorCounts& counts) const = 0;
 
+  /// Part of the stage's key: another text where the same model and data give other figures.
+  virtual std::string numerics() const { return {}; }
+
   /// What measure() will score: "perplexity of 20 segments of 2048 tokens". check() has passed.
   virtual std::string plan() const = 0;
 

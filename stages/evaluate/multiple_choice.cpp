@@ -30,6 +30,12 @@ struct Row {
   int64_t begin = 0, length = 0, scored = 0, unscored = 0;
 };
 
+/// Rows from `first` on as branches of one tree.
+struct Rows {
+  int64_t first = 0;
+  model::SequenceTree tree;
+};
+
 class MultipleChoice : public Measurement {
  public:
   explicit MultipleChoice(const config::Section& section)
@@ -109,6 +115,8 @@ class MultipleChoice : public Measurement {
     return result;
   }
 
+  std::string numerics() const override { return "multiple_choice 2 "; }
+
   std::string plan() const override {
     const data::TokenSet set = data::TokenSet::open(file);
     return fmt::format("accuracy in {} questions, {} choices", set.questions(), set.documents());
@@ -157,11 +165,10 @@ class MultipleChoice : public Measurement {
     return rows;
   }
 
-  /// A question's rows without their last tokens. The trunk ends before any row's scores begin: its
-  /// last token predicts another one in each branch.
-  static model::SequenceTree tree_of(const data::TokenSet& set, const std::vector<Row>& rows,
-                                     int64_t question) {
-    const int64_t first = set.first_choice(question), last = set.first_choice(question + 1);
+  /// Rows [first, last) without their last tokens, as one tree. The trunk ends before any row's
+  /// scores begin: its last token predicts another one in each branch.
+  static Rows rows_as_tree(const data::TokenSet& set, const std::vector<Row>& rows, int64_t first,
+                           int64_t last) {
     const auto begin_of = [&](int64_t row, int64_t count) {
       return set.document(row, rows[row].begin, count);
     };
@@ -173,19 +180,32 @@ class MultipleChoice : public Measurement {
     }
     for (int64_t row = first; row < last; ++row)
       tree.branches.push_back(rows[row].length - 1 - tree.trunk);
-    return tree;
+    return {first, std::move(tree)};
+  }
+
+  /// A question as one tree, or, where that has more than a unit's tokens and twice the longest
+  /// row's (long rows that share little), each of its rows as its own.
+  static void add_question(const data::TokenSet& set, const std::vector<Row>& rows,
+                           int64_t question, std::vector<Rows>& all) {
+    const int64_t first = set.first_choice(question), last = set.first_choice(question + 1);
+    Rows whole = rows_as_tree(set, rows, first, last);
+    if (whole.tree.rows() <= std::max(kUnitTokens, 2 * whole.tree.longest())) {
+      all.push_back(std::move(whole));
+      return;
+    }
+    for (int64_t row = first; row < last; ++row)
+      all.push_back(rows_as_tree(set, rows, row, row + 1));
   }
 
   /// Every row's summed log-likelihood of its scored tokens.
   std::vector<double> score(driver::StageContext& context, const io::Checkpoint& checkpoint,
                             const model::Architecture& architecture, const data::TokenSet& set,
                             const std::vector<Row>& rows) const {
-    std::vector<model::SequenceTree> trees;
+    std::vector<Rows> all;
+    for (int64_t question = 0; question < set.questions(); ++question)
+      add_question(set, rows, question, all);
     std::vector<int64_t> tokens;
-    for (int64_t question = 0; question < set.questions(); ++question) {
-      trees.push_back(tree_of(set, rows, question));
-      tokens.push_back(trees.back().rows());
-    }
+    for (const Rows& one : all) tokens.push_back(one.tree.rows());
     const auto units = data::units_by_length(tokens, kUnitTokens, /*padded=*/false);
     UnitWork work{"batches",
                   static_cast<int64_t>(units.size()),
@@ -195,13 +215,12 @@ class MultipleChoice : public Measurement {
     work.input = [&](int64_t unit) {
       UnitInput input;
       std::vector<at::Tensor> parts;
-      for (const int64_t question : units[unit]) {
-        const model::SequenceTree& tree = trees[question];
-        int64_t row = set.first_choice(question);
-        parts.push_back(set.document(row, rows[row].begin, tree.trunk));
-        for (const int64_t rest : tree.branches) {
-          parts.push_back(set.document(row, rows[row].begin + tree.trunk, rest));
-          ++row;
+      for (const int64_t index : units[unit]) {
+        const auto& [first, tree] = all[index];
+        parts.push_back(set.document(first, rows[first].begin, tree.trunk));
+        for (size_t i = 0; i < tree.branches.size(); ++i) {
+          const auto row = first + static_cast<int64_t>(i);
+          parts.push_back(set.document(row, rows[row].begin + tree.trunk, tree.branches[i]));
         }
         input.shape.trees.push_back(tree);
         input.shape.length = std::max(input.shape.length, tree.longest());
@@ -211,26 +230,25 @@ class MultipleChoice : public Measurement {
     };
     work.score = [&](int64_t unit, const UnitInput&, const at::Tensor& x, const model::Ends& ends) {
       std::vector<at::Tensor> labels;
-      for (const int64_t question : units[unit]) {
-        const model::SequenceTree& tree = trees[question];
-        int64_t row = set.first_choice(question);
+      for (const int64_t index : units[unit]) {
+        const auto& [first, tree] = all[index];
         labels.push_back(at::full({tree.trunk}, data::kIgnored, at::kLong));
-        for (const int64_t rest : tree.branches) {
-          const int64_t next = rows[row].begin + tree.trunk + 1;
+        for (size_t i = 0; i < tree.branches.size(); ++i) {
+          const auto row = first + static_cast<int64_t>(i);
+          const int64_t next = rows[row].begin + tree.trunk + 1, count = tree.branches[i];
           labels.push_back(
-              set.document(row, next, rest)
-                  .masked_fill(set.loss_mask(row, next, rest).logical_not(), data::kIgnored));
-          ++row;
+              set.document(row, next, count)
+                  .masked_fill(set.loss_mask(row, next, count).logical_not(), data::kIgnored));
         }
       }
       const at::Tensor losses = train::token_losses(x, ends.head, at::cat(labels), ends.head_bias);
       const double* loss = losses.const_data_ptr<double>();
       std::vector<double> sums;
-      for (const int64_t question : units[unit]) {
-        loss += trees[question].trunk;
-        for (const int64_t rest : trees[question].branches) {
-          sums.push_back(-std::accumulate(loss, loss + rest, 0.0));
-          loss += rest;
+      for (const int64_t index : units[unit]) {
+        loss += all[index].tree.trunk;
+        for (const int64_t count : all[index].tree.branches) {
+          sums.push_back(-std::accumulate(loss, loss + count, 0.0));
+          loss += count;
         }
       }
       return sums;
@@ -239,14 +257,14 @@ class MultipleChoice : public Measurement {
     std::vector<double> likelihoods(rows.size());
     for (size_t unit = 0; unit < units.size(); ++unit) {
       auto score = scores[unit].begin();
-      for (const int64_t question : units[unit])
-        for (int64_t row = set.first_choice(question); row < set.first_choice(question + 1);
-             ++row) {
+      for (const int64_t index : units[unit])
+        for (size_t i = 0; i < all[index].tree.branches.size(); ++i, ++score) {
+          const int64_t row = all[index].first + static_cast<int64_t>(i);
           if (!std::isfinite(*score))
             throw NumericalError(
                 fmt::format("evaluate: the log-likelihood of row {} of {} is not finite", row,
                             set.path().string()));
-          likelihoods[row] = *score++;
+          likelihoods[row] = *score;
         }
     }
     return likelihoods;

@@ -15,7 +15,7 @@
 namespace espalier::evaluate {
 
 struct UnitInput {
-  at::Tensor tokens;  ///< int64 [sequences * length]
+  at::Tensor tokens;  ///< int64 [rows of the unit]
   model::UnitShape shape;
 };
 

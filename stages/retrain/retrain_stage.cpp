@@ -344,9 +344,9 @@ train::LoopResult RetrainStage::train(driver::StageContext& context, AdaptedMode
         sets.train.micro_batch(step * options_.batch_size, options_.batch_size, unit, micro);
     return model.loss_and_gradients(batch, key, options_.activation_checkpointing, sink);
   };
-  problem.cost = [&](int64_t step, int64_t unit) {
-    return static_cast<double>(sets.train.micro_batch_tokens(
-        step * options_.batch_size, options_.batch_size, unit, options_.micro_batch_size));
+  problem.costs = [&](int64_t step) {
+    return sets.train.micro_batch_costs(step * options_.batch_size, options_.batch_size,
+                                        options_.micro_batch_size);
   };
   problem.validate = [&](int64_t steps) {
     return validate(context, model, *sets.validation, steps);

@@ -54,29 +54,30 @@ UnitBatch TrainingData::batch(int64_t first, int64_t count) const {
   return batch(sequences);
 }
 
-std::vector<int64_t> TrainingData::micro_batch_sequences(int64_t first, int64_t batch_size,
-                                                         int64_t unit,
-                                                         int64_t micro_batch_size) const {
-  std::vector<std::pair<int64_t, int64_t>> by_length;
+std::vector<int64_t> TrainingData::by_length(int64_t first, int64_t batch_size) const {
+  std::vector<std::pair<int64_t, int64_t>> lengths;
   for (int64_t sequence = first; sequence < first + batch_size; ++sequence)
-    by_length.emplace_back(-tokens(sequence), sequence);
-  std::sort(by_length.begin(), by_length.end());
+    lengths.emplace_back(-tokens(sequence), sequence);
+  std::sort(lengths.begin(), lengths.end());
   std::vector<int64_t> sequences;
-  for (int64_t i = unit * micro_batch_size; i < (unit + 1) * micro_batch_size; ++i)
-    sequences.push_back(by_length[i].second);
+  for (const auto& [length, sequence] : lengths) sequences.push_back(sequence);
   return sequences;
 }
 
 UnitBatch TrainingData::micro_batch(int64_t first, int64_t batch_size, int64_t unit,
                                     int64_t micro_batch_size) const {
-  return batch(micro_batch_sequences(first, batch_size, unit, micro_batch_size));
+  const std::vector<int64_t> all = by_length(first, batch_size);
+  const auto begin = all.begin() + unit * micro_batch_size;
+  return batch(std::vector<int64_t>(begin, begin + micro_batch_size));
 }
 
-int64_t TrainingData::micro_batch_tokens(int64_t first, int64_t batch_size, int64_t unit,
-                                         int64_t micro_batch_size) const {
-  const std::vector<int64_t> sequences =
-      micro_batch_sequences(first, batch_size, unit, micro_batch_size);
-  return tokens(sequences.front()) * micro_batch_size;
+std::vector<double> TrainingData::micro_batch_costs(int64_t first, int64_t batch_size,
+                                                    int64_t micro_batch_size) const {
+  const std::vector<int64_t> sequences = by_length(first, batch_size);
+  std::vector<double> costs;
+  for (int64_t i = 0; i < batch_size; i += micro_batch_size)
+    costs.push_back(static_cast<double>(tokens(sequences[i]) * micro_batch_size));
+  return costs;
 }
 
 }  // namespace espalier::retrain

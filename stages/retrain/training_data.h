@@ -36,18 +36,17 @@ class TrainingData {
   /// alike.
   UnitBatch micro_batch(int64_t first, int64_t batch_size, int64_t unit,
                         int64_t micro_batch_size) const;
-  /// Tokens of that micro-batch, padding included.
-  int64_t micro_batch_tokens(int64_t first, int64_t batch_size, int64_t unit,
-                             int64_t micro_batch_size) const;
+  /// Tokens of each of the step's micro-batches, padding included.
+  std::vector<double> micro_batch_costs(int64_t first, int64_t batch_size,
+                                        int64_t micro_batch_size) const;
   /// Of a labelled sequence.
   double label(int64_t sequence) const;
 
  private:
   int64_t tokens(int64_t sequence) const;
   UnitBatch batch(const std::vector<int64_t>& sequences) const;
-  /// The sequences of a micro-batch, the longest first.
-  std::vector<int64_t> micro_batch_sequences(int64_t first, int64_t batch_size, int64_t unit,
-                                             int64_t micro_batch_size) const;
+  /// The sequences of a step by falling length.
+  std::vector<int64_t> by_length(int64_t first, int64_t batch_size) const;
 
   data::TokenSet set_;
   uint64_t seed_;

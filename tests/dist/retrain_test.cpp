@@ -80,7 +80,12 @@ class Retrain : public testing::Test {
           {1, step, unit * kMicroBatch, kMicroBatch}, c.recompute, sink);
     };
     if (c.uneven)
-      problem.cost = [](int64_t step, int64_t unit) { return 1.0 + (5 * unit + step) % 7; };
+      problem.costs = [](int64_t step) {
+        std::vector<double> costs;
+        for (int64_t unit = 0; unit < kBatch / kMicroBatch; ++unit)
+          costs.push_back(1.0 + static_cast<double>((5 * unit + step) % 7));
+        return costs;
+      };
     const Validation validation(TrainingData(text, 1, 24, true, {0.3, true}), "loss");
     problem.validate = [&](int64_t) {
       return validation.score(validation.measure(model, 1, workers, group));

@@ -230,6 +230,24 @@ def test_a_base_that_fits_only_what_the_stages_before_leave_is_taken(tmp_path):
              *command, *ERE)
 
 
+def test_more_unnamed_classes_than_the_bases_are_decoded_as_many(tmp_path):
+    randomized(transformers.BertModel(transformers.BertConfig(**SMALL))).save_pretrained(tmp_path / "model")
+    command = ["retrain=full", "retrain.steps=4", "retrain.batch_size=8", "retrain.sequence_length=64",
+               "retrain.warmup_steps=null", "retrain.learning_rate=1e-3", *COMPRESS]
+    for classes in (2, 3):
+        write_labelled(tmp_path / f"{classes}.h5", np.arange(32) % classes, classes, "RTE")
+    run_well("pipeline=[retrain]", f"run.dir={tmp_path / 'two'}", f"data.train={tmp_path / '2.h5'}",
+             f"model.path={tmp_path / 'model'}", *command)
+    base = stage_directory(tmp_path / "two", "retrain") / "model"
+    run_well("pipeline=[retrain,compress,evaluate]", f"run.dir={tmp_path / 'three'}", f"data.train={tmp_path / '3.h5'}",
+             f"model.path={base}", "compress.base=start", "evaluate=classification",
+             f"evaluate.tasks.labels.data={tmp_path / '3.h5'}", *command, *ERE)
+    residual = stage_directory(tmp_path / "three", "compress") / "residual.h5"
+    run_well("decode", base, residual, tmp_path / "decoded")
+    config = json.loads((tmp_path / "decoded/config.json").read_text())
+    assert list(config["id2label"].values()) == ["0", "1", "2"]
+
+
 def test_a_model_without_heads_needs_a_base_without_them(files, tmp_path):
     words = ["prune=dsee", "prune.criterion=magnitude", "prune.pattern=heads", "prune.heads=1", "pipeline=[prune,compress]",
              f"model.path={files.model}", f"run.dir={tmp_path / 'run'}", *COMPRESS, *ERE]

@@ -1,6 +1,7 @@
 """`espalier inspect`: what it says of a run's artifacts is held against safetensors and h5py's reading of them."""
 
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -111,8 +112,34 @@ def test_a_run_tells_what_is_finished_at_work_and_due(files, run_dir, tmp_path):
     said = inspected(tmp_path / "run")
     assert f"process {job.ranks()[0]} on" in said["in_use_by"]
     assert [row["status"] for row in said["stages"]] == ["finished", "unfinished", "due"]
+    assert inspected(tmp_path / "run/02-retrain")["status"] == "unfinished"
+    assert inspected(tmp_path)["members"] == [{"name": "run", "finished": 1, "stages": 3}]
     job.process.terminate()
     job.end()
+
+
+def test_an_evaluation_tells_its_figures(files, tmp_path):
+    run_well(*settings(files, tmp_path / "run", pipeline="[evaluate]"), f"run.seed={2 ** 32 + 1}")
+    metrics = json.loads((tmp_path / "run/01-evaluate/metrics.json").read_text())
+    assert inspected(tmp_path / "run/01-evaluate")["metrics"]["text perplexity"] == metrics["tasks"]["text"]["perplexity"]
+    assert inspected(tmp_path / "run")["seed"] == 2 ** 32 + 1
+
+
+def test_damaged_files_end_in_one_message_or_in_none(files, run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    for lock in ("", "[]", '{"process": "x", "host": 3}'):
+        (copy / "run.lock").write_text(lock)
+        assert "in_use_by" in inspected(copy), lock
+    with h5py.File(copy / "01-prune/masks.h5", "r+") as file:
+        next(iter(file.values())).attrs["columns"] = 1
+    (copy / "environment.json").write_text("[]")
+    for path in (copy / "01-prune/masks.h5", copy):
+        ended = run("inspect", path)
+        assert ended.code == 2 and len(ended.messages) == 1 and str(path) in ended.messages[0], str(ended)
+    (copy / "environment.json").write_text('{"configuration": {"model": "x", "pipeline": 3, "run": {"seed": []}}}')
+    (copy / "failure.json").write_text('{"stage": 1}')
+    assert inspected(copy)["stages"] == []
 
 
 def test_what_is_nothing_of_espaliers_is_refused_by_name(files, tmp_path):

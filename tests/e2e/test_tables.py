@@ -207,7 +207,7 @@ def test_rows_tell_evaluations_and_conditions_apart_and_curves_have_an_epoch_a_c
     assert header == ["cell", "task", "epoch 1", "epoch 2", "epoch 3"] and len(table) == 2
     header, _, *table = rows(prepared, sweep, "--where", "compress.rank=8", "--losses", "2")
     steps = [line for line in map(json.loads, (member / "metrics.jsonl").read_text().splitlines())
-             if line["event"] == "step"]
+             if line.get("event") == "step"]
     halves = [[line["loss"] for line in steps if (2 * line["step"] > len(steps) + 1) == later] for later in (False, True)]
     assert header == ["cell", "task", "part 1", "part 2"]
     assert table[0][2:] == [f"{sum(half) / len(half):.3f}" for half in halves]

@@ -83,15 +83,37 @@ TEST_F(RunLocks, OfAnotherProcessOfTheSameNumberIsTakenToo) {
   EXPECT_EQ(refusal(), "");
 }
 
-TEST_F(RunLocks, OfAHostThatBeganAnewIsTakenAtOnce) {
+TEST_F(RunLocks, OfAnotherBootIsOfAnotherHostThoughTheNameIsTheSame) {
   nlohmann::json left;
   {
     const RunLock lock(directory_, kQuick);
     left = owner();
   }
   left["boot"] = "another";
-  leave(left, 0s);
+  left["process"] = 2147483646;
+  leave(left, 20s);
+  const std::string said = refusal();
+  EXPECT_NE(said.find("from 4"), std::string::npos) << said;  // 60 s of silence less 20
+  leave(left, 90s);
   EXPECT_EQ(refusal(), "");
+}
+
+TEST_F(RunLocks, TellWhoHasADirectoryWhateverTheFileHolds) {
+  EXPECT_EQ(owner_of(directory_), std::nullopt);
+  {
+    const RunLock lock(directory_, kQuick);
+    EXPECT_NE(owner_of(directory_)->find(std::to_string(getpid())), std::string::npos);
+    EXPECT_EQ(owner_of(directory_)->find("gone"), std::string::npos);
+    nlohmann::json left = owner();
+    left["started"] = "1";
+    leave(left, 0s);
+    EXPECT_NE(owner_of(directory_)->find("gone"), std::string::npos);
+    fs::remove(file_);
+  }
+  leave({{"host", 3}, {"process", "x"}}, 5s);
+  EXPECT_TRUE(owner_of(directory_).has_value());
+  io::write_file(file_, "");
+  EXPECT_NE(owner_of(directory_)->find("another start"), std::string::npos);
 }
 
 TEST_F(RunLocks, OfTheSameSlurmJobBeforeItWasRequeuedIsTakenAtOnce) {
