@@ -49,7 +49,7 @@ def test_a_pruned_models_zeros_patterns_and_origin(files, run_dir):
         linear = tensor.dim() == 2 and "embed" not in name and "lm_head" not in name
         assert rows[name]["pattern"] == ("2:4" if linear else ""), name
     assert said["nonzeros"] == sum(int(torch.count_nonzero(tensor)) for tensor in tensors.values())
-    assert said["kind"] == "model" and said["made_by"] == "prune" and said["stands_on"] == [str(files.model)]
+    assert said["kind"] == "model" and said["made_by"] == "01-prune" and said["stands_on"] == [str(files.model)]
     assert said["architecture"] == "llama"
 
 
