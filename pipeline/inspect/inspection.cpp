@@ -29,12 +29,12 @@ json of_hdf5(const fs::path& file) {
     kind = reader.text_attribute("/", "kind");
   else if (reader.has_attribute("/", "base_checksum"))
     kind = "espalier.adapters";  // whose files have no such attribute
-  const auto found = kinds().find(kind);
   if (kind.empty())
     throw UserError(fmt::format(
         "{}: does not say what it holds; it is none of espalier's files, or of an earlier version "
         "whose masks did not",
         file.string()));
+  const auto found = kinds().find(kind);
   if (found == kinds().end())
     throw UserError(fmt::format("{}: its kind is '{}', none of {}", file.string(), kind,
                                 fmt::join(std::views::keys(kinds()), ", ")));

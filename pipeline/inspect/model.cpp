@@ -71,9 +71,8 @@ json describe_model(const fs::path& path) {
                 {"dtype", std::string(io::name_of(tensor.scalar_type()))},
                 {"bytes", tensor.nbytes()},
                 {"nonzeros", there},
-                {"sparsity", 1 - static_cast<double>(there) / elements}};
-    const std::string pattern = pattern_of(tensor, there);
-    row["pattern"] = pattern;
+                {"sparsity", 1 - static_cast<double>(there) / elements},
+                {"pattern", pattern_of(tensor, there)}};
     checkpoint.drop(name);
     parameters += tensor.numel();
     nonzeros += there;

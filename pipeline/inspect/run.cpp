@@ -33,12 +33,12 @@ Parsed read_object(const fs::path& file) {
 
 /// What stands under the keys, one inside the other; null where any is absent.
 Parsed at(const Parsed& object, std::initializer_list<const char*> keys) {
-  Parsed found = object;
+  const Parsed* found = &object;
   for (const char* key : keys) {
-    if (!found.is_object() || !found.contains(key)) return {};
-    found = Parsed(found[key]);
+    if (!found->is_object() || !found->contains(key)) return {};
+    found = &found->at(key);
   }
-  return found;
+  return *found;
 }
 
 std::string text_at(const Parsed& object, std::initializer_list<const char*> keys) {
