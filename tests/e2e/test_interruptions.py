@@ -115,6 +115,31 @@ def test_a_run_killed_on_two_ranks_goes_on_with_three_and_with_one(files, undist
     assert differences(undisturbed, results(run_dir)) == []
 
 
+# Of each method what the small model asks for; spp, full and moving masks: above, test_retraining, test_full_training.
+METHODS = {"dsee": ["retrain.index_sets=random", "retrain.adapter_rank=4"], "lora": [], "lora_masked": [], "lora_star": [],
+           "lora_xs": ["retrain.adapter_rank=4"], "vera": ["retrain.adapter_rank=4"], "ether": ["retrain.blocks=4"],
+           "ether_plus": ["retrain.blocks=4"], "oft": ["retrain.blocks=4"], "naive": ["retrain.blocks=4"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_killed_on_three_ranks_goes_on_with_one_to_the_bits_of_two(files, tmp_path, method):
+    def command(name: str) -> list:
+        return settings(files, tmp_path / name, pipeline="[prune,retrain]", prune="magnitude", retrain=method,
+                        retrain__epochs="null", retrain__steps=40, retrain__micro_batch_size=1,
+                        retrain__warmup_steps="null", retrain__dropout=0.1) + METHODS[method]
+
+    run_well(*command("undisturbed"), ranks=2)
+    job = Started(command("killed"), ranks=3)
+    job.wait_until(lambda: training_is_at(tmp_path / "killed", 7))
+    job.signal(signal.SIGKILL, [1])
+    assert job.end(timeout=30).code != 0
+    assert unfinished(tmp_path / "killed", "02-retrain")
+    before = len(steps_done(tmp_path / "killed"))
+    run_well(*command("killed"))
+    assert steps_done(tmp_path / "killed")[before] > 5  # from its checkpoint on
+    assert differences(results(tmp_path / "undisturbed"), results(tmp_path / "killed")) == []
+
+
 def test_no_state_and_no_temporary_file_is_left_by_a_resumed_run(files, tmp_path):
     run_dir = tmp_path / "run"
     short = {**WORK, "pipeline": "[prune]"}
