@@ -72,6 +72,8 @@ fi
 for override in "$@"; do
   case "$override" in run.dir=*) run_dir="${override#run.dir=}" ;; esac
 done
+# Quiet, as mpirun's own words would hide the program's message; what a code means is said below.
+export ESPALIER_MPIRUN_ARGUMENTS="-q $ESPALIER_MPIRUN_ARGUMENTS"
 status=0
 "$scripts/run.sh" -n "$ranks" --threads 1 -- --config-name quickstart "model.path=$(quoted "$model")" \
   "data.calibration=$(quoted "$data/calibration.h5")" "data.train=$(quoted "$data/train.h5")" \
@@ -81,5 +83,13 @@ status=0
 if [ -d "$run_dir" ]; then
   "$ESPALIER_VENV/bin/python" "$scripts/report.py" "$run_dir" --table || [ "$status" != 0 ]
 fi
-[ "$status" = 0 ] || fail "the run ended with code $status after $((SECONDS - started)) s; the same command goes on where it stopped"
+advice="the same command goes on where it stopped"
+case "$status" in
+  2) advice="mend what the message names, then start it again" ;;
+  3) advice="mend what the message names of this machine; then $advice" ;;
+  4) advice="this is a defect of espalier; please report it with the message" ;;
+  75) advice="its state is saved; $advice" ;;
+  129 | 1[3-9]?) advice="a rank was ended by signal $((status - 128)) (9: often for want of memory); $advice" ;;
+esac
+[ "$status" = 0 ] || fail "the run ended with code $status after $((SECONDS - started)) s: $advice"
 say "all of it took $((SECONDS - started)) s"

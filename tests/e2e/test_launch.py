@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,28 @@ def test_a_wrong_call_ends_in_one_line_before_any_work(tmp_path, name, arguments
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending,advice", [
+    ("exit 2", "code 2 after [0-9]+ s: mend what the message names, then start it again"),
+    ("exit 3", "code 3 .*: mend what the message names of this machine; then the same command goes on where it stopped"),
+    ("exit 4", "code 4 .*: this is a defect of espalier; .*"),
+    ("exit 75", "code 75 .*: its state is saved; the same command goes on where it stopped"),
+    ("kill -9 $$", r"code 137 .*: a rank was ended by signal 9 .*; the same command goes on where it stopped")])
+def test_the_quickstarts_last_line_says_what_to_do_after_each_kind_of_failure(tmp_path, ending, advice):
+    def write(file: str, content: str = "") -> None:
+        (tmp_path / file).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / file).chmod(0o755)
+    (tmp_path / "launch").mkdir()
+    for name in ("quickstart.sh", "run.sh", "environment.sh"):
+        shutil.copy(SOURCE / "launch" / name, tmp_path / "launch")
+    for name in ("setup.sh", "build.sh", "make_example.sh"):  # all done
+        write(f"launch/{name}")
+    (tmp_path / "build").mkdir()
+    write("build/espalier", f"echo 'espalier: its message' >&2\n{ending}")
+    done = script(tmp_path / "launch/quickstart.sh", "--ranks", "1", ESPALIER_BUILD=tmp_path / "build",
+                  ESPALIER_WORK=tmp_path / "work", ESPALIER_VENV=tmp_path / "venv")
+    assert done.returncode == 1
+    message, last = done.stderr.splitlines()[-2:]  # nothing of mpirun's between them
+    assert message == "espalier: its message"
+    assert re.fullmatch(f"espalier: the run ended with {advice}", last), last
