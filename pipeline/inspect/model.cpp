@@ -3,9 +3,6 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
-#include <optional>
-
-#include "pipeline/errors.h"
 #include "pipeline/inspect/run.h"
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/io/safetensors_dtype.h"
@@ -38,14 +35,6 @@ std::string pattern_of(const at::Tensor& tensor, int64_t nonzeros) {
       if (has_pattern(side.ne(0), ratio)) return fmt::format("{}:{}", ratio.nonzeros, ratio.of);
   }
   return "";
-}
-
-std::optional<model::Architecture> architecture_of(const io::Checkpoint& checkpoint) {
-  try {
-    if (model::knows_architecture(checkpoint)) return model::read_architecture(checkpoint);
-  } catch (const UserError&) {  // a model that espalier does not run has tensors all the same
-  }
-  return std::nullopt;
 }
 
 int64_t heads_removed(const model::Architecture& architecture) {
@@ -83,7 +72,7 @@ json describe_model(const fs::path& path) {
                      {"nonzeros", nonzeros},
                      {"sparsity", parameters ? 1 - double(nonzeros) / double(parameters) : 0.0},
                      {"bytes", checkpoint.bytes()}};
-  if (const auto architecture = architecture_of(checkpoint)) {
+  if (const auto architecture = model::supported_architecture(checkpoint)) {
     inspection["architecture"] = checkpoint.config().value("model_type", "");
     inspection["blocks"] = architecture->blocks;
     if (const int64_t removed = heads_removed(*architecture)) inspection["heads_removed"] = removed;

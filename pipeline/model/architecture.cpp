@@ -166,6 +166,15 @@ Architecture read_architecture(const io::Checkpoint& checkpoint) {
   return architecture;
 }
 
+std::optional<Architecture> supported_architecture(const io::Checkpoint& checkpoint) {
+  if (!knows_architecture(checkpoint)) return std::nullopt;
+  try {
+    return read_architecture(checkpoint);
+  } catch (const UserError&) {
+    return std::nullopt;
+  }
+}
+
 void require_positions(const Architecture& architecture, int64_t length, const std::string& key,
                        const std::string& model) {
   if (architecture.position_embedding.empty() || length <= architecture.max_positions) return;

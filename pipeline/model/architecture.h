@@ -128,6 +128,12 @@ bool knows_architecture(const io::Checkpoint& checkpoint);
 /// directory, tensor and both shapes, or the architectures there are.
 Architecture read_architecture(const io::Checkpoint& checkpoint);
 
+/// read_architecture() of a model that espalier can run; nullopt for any other checkpoint: of no
+/// registered family, or one that read_architecture refuses, whose UserError is swallowed (what
+/// only looks at tensors takes such models too). A tied output embedding that is stored is compared
+/// with its twin, which reads both.
+std::optional<Architecture> supported_architecture(const io::Checkpoint& checkpoint);
+
 /// Throws UserError naming `key` when the model has fewer learned positions than `length`; computed
 /// ones (rotary) go on for ever.
 void require_positions(const Architecture& architecture, int64_t length, const std::string& key,

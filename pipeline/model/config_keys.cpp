@@ -10,13 +10,13 @@ namespace espalier::model {
 
 nlohmann::json config_of_tensors(const io::Checkpoint& checkpoint) {
   nlohmann::json keys = nlohmann::json::object();
-  if (!knows_architecture(checkpoint)) return keys;
-  const Architecture architecture = read_architecture(checkpoint);
-  if (checkpoint.config().at("vocab_size") != architecture.vocabulary)
-    keys["vocab_size"] = architecture.vocabulary;
-  if (const auto of_head = config_of_head(checkpoint, architecture)) keys.update(*of_head);
-  if (architecture.tied_head && !architecture.head.empty() &&
-      architecture.head != architecture.token_embedding)
+  const std::optional<Architecture> architecture = supported_architecture(checkpoint);
+  if (!architecture) return keys;
+  if (checkpoint.config().at("vocab_size") != architecture->vocabulary)
+    keys["vocab_size"] = architecture->vocabulary;
+  if (const auto of_head = config_of_head(checkpoint, *architecture)) keys.update(*of_head);
+  if (architecture->tied_head && !architecture->head.empty() &&
+      architecture->head != architecture->token_embedding)
     keys["tie_word_embeddings"] = false;
   return keys;
 }

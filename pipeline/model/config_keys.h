@@ -13,7 +13,7 @@ namespace espalier::model {
 /// classification head that a stage gave to the model (config_of_head), so that `transformers`
 /// loads the class that has it; and that an output embedding is no copy of the token embedding,
 /// although the file said so (not every version compares them). Empty when there is nothing to say
-/// or the family is not one of ours. Throws what read_architecture throws.
+/// or espalier cannot run the model (supported_architecture). Throws what config_of_head throws.
 nlohmann::json config_of_tensors(const io::Checkpoint& checkpoint);
 
 /// Sets the keys in DIRECTORY/config.json, when there are any.

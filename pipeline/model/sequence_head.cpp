@@ -225,11 +225,7 @@ void write_label_names(const std::filesystem::path& directory,
 }
 
 ClassNames class_names(const io::Checkpoint& checkpoint) {
-  std::optional<Architecture> architecture;
-  try {
-    if (knows_architecture(checkpoint)) architecture = read_architecture(checkpoint);
-  } catch (const UserError&) {
-  }
+  const std::optional<Architecture> architecture = supported_architecture(checkpoint);
   if (!architecture || !labels_of_head(checkpoint, *architecture)) return std::nullopt;
   return label_names(checkpoint, *architecture);
 }

@@ -40,16 +40,6 @@ class Scratch {
   fs::path directory_;
 };
 
-/// What the decoded tensors ask of config.json. A model that espalier cannot run decodes all the
-/// same, and its config.json stays as it is.
-nlohmann::json config_keys_of(const io::Checkpoint& decoded) {
-  try {
-    return model::config_of_tensors(decoded);
-  } catch (const UserError&) {
-    return nlohmann::json::object();
-  }
-}
-
 }  // namespace
 
 void require_base(const io::Checkpoint& base, const Residual& residual, const fs::path& file) {
@@ -142,8 +132,9 @@ void decode_residuals(const fs::path& base_directory, const std::vector<fs::path
   const Scratch scratch(out_directory / ".decoding");
   const at::ScalarType dtype = write_sum(base, {residual_files, {}}, scratch.directory());
   const io::Checkpoint decoded = io::Checkpoint::open(scratch.directory());
+  const nlohmann::json config_keys = model::config_of_tensors(decoded);
   io::write_dense(decoded, out_directory, dtype);
-  model::set_config_keys(out_directory, config_keys_of(decoded));
+  model::set_config_keys(out_directory, config_keys);
   // Heads that are gone stay gone; the directory is then one for espalier, whose export makes it
   // one for other programs.
   if (const auto heads = io::nearest_file(base.chain(), model::kHeadsFile))
