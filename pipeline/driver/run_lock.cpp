@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +20,7 @@
 
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/io/json.h"
 
 namespace espalier::driver {
 namespace {
@@ -90,28 +92,26 @@ json description_in(const std::string& content) {
   return found.is_object() ? found : json::object();
 }
 
-std::string text_in(const json& description, const char* key) {
-  const auto found = description.find(key);
-  return found != description.end() && found->is_string() ? found->get<std::string>() : "";
-}
-
+/// 0 where none is named.
 int64_t process_in(const json& description) {
-  const auto found = description.find("process");
-  return found != description.end() && found->is_number_integer() ? found->get<int64_t>() : 0;
+  return std::max<int64_t>(0, io::non_negative_integer(io::value_at(description, {"process"})));
 }
 
 /// Whether the owner lives, where this process can see it.
 std::optional<bool> owner_lives(const json& owner) {
   const json own = own_description();
-  const auto same = [&](const char* key) { return text_in(owner, key) == text_in(own, key); };
-  if (!text_in(own, "job").empty() && same("job") && !same("restart")) return false;  // requeued
+  const auto same = [&](const char* key) {
+    return io::text_at(owner, {key}) == io::text_at(own, {key});
+  };
+  if (!io::text_at(own, {"job"}).empty() && same("job") && !same("restart"))
+    return false;  // requeued
   const auto process = static_cast<pid_t>(process_in(owner));
   // Hosts may share a name; a boot is of one.
   if (process <= 0 || !same("host") || !same("boot") || !same("namespace")) return std::nullopt;
   if (::kill(process, 0) != 0 && errno == ESRCH) return false;
   const auto started = start_of_process(process);
-  if (!started || text_in(owner, "started").empty()) return std::nullopt;
-  return *started == text_in(owner, "started");
+  if (!started || io::text_at(owner, {"started"}).empty()) return std::nullopt;
+  return *started == io::text_at(owner, {"started"});
 }
 
 std::optional<fs::file_time_type> time_of(const fs::path& file) {
@@ -158,9 +158,10 @@ void remove_stale(const fs::path& file, const std::string& content) {
 
 std::string name_of(const json& owner) {
   if (owner.empty()) return "another start";
-  const std::string job = text_in(owner, "job");
-  return fmt::format("process {} on {}{} since {}", process_in(owner), text_in(owner, "host"),
-                     job.empty() ? "" : fmt::format(" (job {})", job), text_in(owner, "time"));
+  const std::string job = io::text_at(owner, {"job"});
+  return fmt::format("process {} on {}{} since {}", process_in(owner), io::text_at(owner, {"host"}),
+                     job.empty() ? "" : fmt::format(" (job {})", job),
+                     io::text_at(owner, {"time"}));
 }
 
 milliseconds age_of(const fs::path& file, fs::file_time_type seen) {

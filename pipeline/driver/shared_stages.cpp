@@ -53,10 +53,8 @@ class Places {
  public:
   Places(const fs::path& other_stage, const WantedStage& wanted)
       : other_(other_stage.parent_path()), wanted_(&wanted) {
-    const json environment = read_json(other_ / "environment.json");
-    const json::json_pointer path("/configuration/model/path");
-    if (environment.contains(path) && environment[path].is_string())
-      other_start_ = environment[path].get<std::string>();
+    other_start_ =
+        io::text_at(read_json(other_ / "environment.json"), {"configuration", "model", "path"});
   }
 
   /// The same place, for what both share; nothing for what this run does not have.
@@ -89,11 +87,6 @@ struct Offer {
   fs::path base;  ///< of this run, what its derived model stands on; empty where there is none
 };
 
-std::string text_of(const json& object, const char* key) {
-  const auto found = object.is_object() ? object.find(key) : object.end();
-  return found != object.end() && found->is_string() ? found->get<std::string>() : "";
-}
-
 bool has_output(const io::Manifest& manifest, const std::string& path) {
   return std::any_of(manifest.outputs.begin(), manifest.outputs.end(),
                      [&](const io::Output& output) { return output.path == path; });
@@ -104,8 +97,9 @@ bool has_output(const io::Manifest& manifest, const std::string& path) {
 fs::path base_of(const Offer& offer) {
   const fs::path model = offer.other / "model";
   const json derived = read_json(model / io::kDerivedFile);
-  const auto base = offer.places.of((model / text_of(derived, "base")).lexically_normal());
-  if (!base || io::Checkpoint::open(*base).fingerprint() != text_of(derived, "base_fingerprint"))
+  const auto base = offer.places.of((model / io::text_at(derived, {"base"})).lexically_normal());
+  if (!base ||
+      io::Checkpoint::open(*base).fingerprint() != io::text_at(derived, {"base_fingerprint"}))
     throw UserError(
         fmt::format("{} stands on a model that this run does not have", model.string()));
   return *base;

@@ -31,21 +31,6 @@ Parsed read_object(const fs::path& file) {
   return content;
 }
 
-/// What stands under the keys, one inside the other; null where any is absent.
-Parsed at(const Parsed& object, std::initializer_list<const char*> keys) {
-  const Parsed* found = &object;
-  for (const char* key : keys) {
-    if (!found->is_object() || !found->contains(key)) return {};
-    found = &found->at(key);
-  }
-  return *found;
-}
-
-std::string text_at(const Parsed& object, std::initializer_list<const char*> keys) {
-  const Parsed found = at(object, keys);
-  return found.is_string() ? found.get<std::string>() : "";
-}
-
 void add(json& inspection, const char* name, const Parsed& value) {
   if (value.is_primitive() && !value.is_null()) inspection[name] = value;
 }
@@ -74,7 +59,7 @@ json stage_row(const fs::path& directory) {
 json stage_rows(const fs::path& run, const Parsed& configuration) {
   json stages = json::array();
   int64_t number = 0;
-  for (const Parsed& entry : at(configuration, {"pipeline"}))
+  for (const Parsed& entry : io::value_at(configuration, {"pipeline"}))
     if (entry.is_string())
       stages.push_back(
           stage_row(run / fmt::format("{:02}-{}", ++number, entry.get<std::string>())));
@@ -84,20 +69,20 @@ json stage_rows(const fs::path& run, const Parsed& configuration) {
 std::string failure_of(const fs::path& run) {
   const Parsed failure = read_object(run / "failure.json");
   if (failure.empty()) return "";
-  return fmt::format("{}: {}", text_at(failure, {"stage"}), text_at(failure, {"message"}));
+  return fmt::format("{}: {}", io::text_at(failure, {"stage"}), io::text_at(failure, {"message"}));
 }
 
 /// The figures of a stage; of an evaluation those that each task reports.
 json figures_of(const Parsed& metrics) {
   json figures = json::object();
   for (const auto& [name, value] : metrics.items()) add(figures, name.c_str(), value);
-  const Parsed tasks = at(metrics, {"tasks"});
+  const Parsed tasks = io::value_at(metrics, {"tasks"});
   if (!tasks.is_object()) return figures;
   for (const auto& [task, row] : tasks.items())
-    for (const Parsed& name : at(row, {"reported"}))
+    for (const Parsed& name : io::value_at(row, {"reported"}))
       if (name.is_string())
         add(figures, fmt::format("{} {}", task, name.get<std::string>()).c_str(),
-            at(row, {name.get<std::string>().c_str()}));
+            io::value_at(row, {name.get<std::string>().c_str()}));
   return figures;
 }
 
@@ -120,7 +105,8 @@ bool is_stage(const fs::path& directory) {
 json describe_sweep(const fs::path& directory) {
   json members = json::array();
   for (const fs::path& run : runs_below(directory)) {
-    const json stages = stage_rows(run, at(read_object(run / kEnvironmentFile), {"configuration"}));
+    const json stages =
+        stage_rows(run, io::value_at(read_object(run / kEnvironmentFile), {"configuration"}));
     const auto finished = std::count_if(stages.begin(), stages.end(), [](const json& stage) {
       return stage["status"] == "finished";
     });
@@ -136,13 +122,13 @@ json describe_run(const fs::path& directory) {
   const Parsed environment = read_object(directory / kEnvironmentFile);
   json inspection = {{"kind", "run"}};
   for (const char* key : {"espalier", "host", "processor", "ranks", "threads_per_rank"})
-    add(inspection, key, at(environment, {key}));
-  add(inspection, "model", at(environment, {"configuration", "model", "path"}));
-  add(inspection, "seed", at(environment, {"configuration", "run", "seed"}));
+    add(inspection, key, io::value_at(environment, {key}));
+  add(inspection, "model", io::value_at(environment, {"configuration", "model", "path"}));
+  add(inspection, "seed", io::value_at(environment, {"configuration", "run", "seed"}));
   if (const auto owner = driver::owner_of(directory)) inspection["in_use_by"] = *owner;
   if (const std::string failure = failure_of(directory); !failure.empty())
     inspection["failure"] = failure;
-  inspection["stages"] = stage_rows(directory, at(environment, {"configuration"}));
+  inspection["stages"] = stage_rows(directory, io::value_at(environment, {"configuration"}));
   return inspection;
 }
 
@@ -159,7 +145,7 @@ json describe_stage(const fs::path& directory) {
                      {"seconds", manifest->seconds},
                      {"bytes", bytes_of(manifest->outputs)}});
   for (const char* key : {"ranks", "threads_per_rank", "dtype", "backend", "products"})
-    add(inspection, key, at(manifest->facts, {key}));
+    add(inspection, key, io::value_at(manifest->facts, {key}));
   inspection["metrics"] = figures_of(read_object(directory / "metrics.json"));
   json outputs = json::array();
   for (const io::Output& output : manifest->outputs)

@@ -78,4 +78,18 @@ int64_t non_negative_integer(const nlohmann::json& value) {
              : -1;
 }
 
+nlohmann::json value_at(const nlohmann::json& object, std::initializer_list<const char*> keys) {
+  const nlohmann::json* value = &object;
+  for (const char* key : keys) {
+    if (!value->is_object() || !value->contains(key)) return nullptr;
+    value = &value->at(key);
+  }
+  return *value;
+}
+
+std::string text_at(const nlohmann::json& object, std::initializer_list<const char*> keys) {
+  const nlohmann::json value = value_at(object, keys);
+  return value.is_string() ? value.get<std::string>() : "";
+}
+
 }  // namespace espalier::io
