@@ -86,8 +86,9 @@ std::unique_ptr<RunLock> open_run_directory(const config::Composition& compositi
                                             const Shared& shared, const comm::Communicator& group) {
   const fs::path& directory = shared.run_directory;
   const fs::path environment_file = directory / "environment.json";
-  check_run_directory(composition, shared);
+  check_run_directory(composition, shared);  // a refused start leaves no lock with another's run
   auto lock = std::make_unique<RunLock>(directory);
+  check_run_directory(composition, shared);  // another start may have begun a run meanwhile
   if (fs::exists(environment_file) && !shared.resume) remove_earlier_run(directory);
   io::remove_leftovers(directory);
   fs::remove(directory / "failure.json");

@@ -18,8 +18,9 @@ void check_run_directory(const config::Composition& composition, const Shared& s
 
 /// By rank 0 alone. The directory is this start's until the lock goes. Throws UserError naming the
 /// first key that differs and both values when the directory holds a run of another configuration
-/// (cluster and run.resume may differ); with resume = false an earlier run's files are removed
-/// instead. Throws EnvironmentError when another start works in it.
+/// (cluster and run.resume may differ), before the lock is taken and again under it; with resume =
+/// false an earlier run's files are removed instead. Throws EnvironmentError when another start
+/// works in it.
 [[nodiscard]] std::unique_ptr<RunLock> open_run_directory(const config::Composition& composition,
                                                           const Shared& shared,
                                                           const comm::Communicator& group);
