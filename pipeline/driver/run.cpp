@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "pipeline/driver/machine.h"
 #include "pipeline/driver/plan.h"
@@ -345,6 +346,10 @@ std::vector<Entry> read_agreed_entries(const config::Composition& composition,
   return entries;
 }
 
+bool changes_model(const Entry& entry) {
+  return entry.kind == "prune" || entry.kind == "retrain" || entry.kind == "compress";
+}
+
 /// A run that has been read and checked; nothing is written yet. Collective.
 struct Prepared {
   config::Section root;  // one for all readers: what none of them read is refused
@@ -368,12 +373,19 @@ struct Prepared {
                 start_of_chain(shared)} {
     group.require_same("model", running.chain);
     running.model_keys["start"] = running.chain;
+    check_entries();
+    take_token_sets(running);
+  }
+
+  void check_entries() const {
     RunContext checked = running.run;
+    std::set<std::string> of_start = {"start"};  // names of the model that the run starts from
     for (const auto& entry : entries) {
+      checked.takes_start_model = of_start.contains(entry.from);
       entry.stage->check(checked, shared.model);
+      if (checked.takes_start_model && !changes_model(entry)) of_start.insert(entry.name);
       checked.earlier.push_back({entry.kind, json::parse(entry.canonical)});
     }
-    take_token_sets(running);
   }
 };
 

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "pipeline/errors.h"
+#include "pipeline/io/json.h"
 
 namespace espalier::driver {
 namespace {
@@ -16,6 +17,10 @@ std::map<std::string, StageFactory>& factories() {
 }
 
 }  // namespace
+
+bool EarlierEntry::leaves_adapter() const {
+  return kind == "retrain" && io::text_at(settings, {"merge"}) == "beside";
+}
 
 StageRegistration::StageRegistration(const std::string& name, StageFactory factory) {
   factories()[name] = std::move(factory);

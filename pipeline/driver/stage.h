@@ -22,6 +22,9 @@ namespace espalier::driver {
 struct EarlierEntry {
   std::string kind;         ///< "retrain"
   nlohmann::json settings;  ///< its resolved keys
+
+  /// Whether it leaves an adapter beside the matrices: a retrain stage with merge: beside.
+  bool leaves_adapter() const;
 };
 
 /// What every stage of a run shares.
@@ -33,8 +36,10 @@ struct RunContext {
   at::ScalarType dtype;  ///< model.dtype: products, and weights between stages
   std::filesystem::path calibration_data, train_data;  ///< empty when unset
   int64_t memory_bytes = 0;                            ///< of this rank; 0: no limit was set
-  /// For Stage::check alone: what comes before its entry.
+  /// For Stage::check alone: what comes before its entry, and whether the entry takes the model
+  /// that the run starts from, as it is.
   std::vector<EarlierEntry> earlier = {};
+  bool takes_start_model = false;
 };
 
 struct StageContext {
@@ -71,7 +76,7 @@ class Stage {
  public:
   virtual ~Stage() = default;
   /// Checks paths, shapes, vocabulary against the model the *run starts from*: everything that can
-  /// be refused before work begins. Throws UserError.
+  /// be refused before work begins. Throws UserError. Collective.
   virtual void check(const RunContext& run, const std::filesystem::path& start_model) const = 0;
   virtual StageResult carry_out(StageContext& context) const = 0;
   /// What carry_out() will do, told from settings, names and shapes once check() has passed; of the

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <map>
 #include <optional>
 
@@ -66,6 +67,14 @@ class Dsee : public PruningMethod {
                                            "choose unstructured instead of \"{}\"",
                                            pattern.name()));
   }
+  void check_start(const Pattern& pattern, const driver::RunContext& run,
+                   const io::Checkpoint& start) const override {
+    const auto leaves_adapter = [](const driver::EarlierEntry& entry) {
+      return entry.leaves_adapter();
+    };
+    if (!std::any_of(run.earlier.begin(), run.earlier.end(), leaves_adapter))
+      require_adapter(pattern, start);
+  }
   bool prunes_pooler() const override { return true; }
   std::optional<int64_t> zeros(const Pattern&, int64_t, int64_t) const override {
     return std::nullopt;
@@ -88,6 +97,7 @@ class Dsee : public PruningMethod {
   }
 
  private:
+  void require_adapter(const Pattern& pattern, const io::Checkpoint& model) const;
   std::vector<Terms> terms_of(const std::vector<MatrixTask>& tasks) const {
     std::vector<Terms> terms;
     for (const MatrixTask& task : tasks)
@@ -123,20 +133,27 @@ DseeLosses Dsee::walk(const ModelWork& work) const {
   return losses;
 }
 
+/// Of a model without terms all matrices go by |W|, whatever the criterion but magnitude, and no
+/// head is judged by a change.
+void Dsee::require_adapter(const Pattern& pattern, const io::Checkpoint& model) const {
+  if (rule_.criterion == Criterion::magnitude ||
+      (rule_.criterion == Criterion::random && pattern.heads > 0) ||
+      !model::matrices_with_terms(model).empty())
+    return;
+  throw UserError(fmt::format(
+      "prune.criterion: {} judges the matrices that have an adapter beside them, and nothing "
+      "stands beside those of {}: put a retrain stage with merge: beside before this one "
+      "(retrain=dsee), or take magnitude, which judges every matrix by |W|",
+      name_, model.directory().string()));
+}
+
 void Dsee::prepare(const ModelWork& work) {
   const comm::Communicator& group = work.context.run.group;
   checkpoint_ = work.checkpoint;
   rule_.sparsity = work.pattern.sparsity;
   rule_.seed = work.context.run.seed;
   rule_.keep_zeros = work.keep_zeros;
-  // All other matrices go by |W|: of a model without terms that is every matrix.
-  if (rule_.criterion != Criterion::magnitude &&
-      model::matrices_with_terms(work.checkpoint).empty())
-    throw UserError(fmt::format(
-        "prune.criterion: {} judges the matrices that have an adapter beside them, and nothing "
-        "stands beside those of {}: put a retrain stage with merge: beside before this one "
-        "(retrain=dsee), or take magnitude, which judges every matrix by |W|",
-        name_, work.checkpoint.directory().string()));
+  require_adapter(work.pattern, work.checkpoint);
   const std::string kept = group.broadcast(
       group.is_root() && exists(work.journal) ? io::read_file(work.journal) : std::string());
   if (!kept.empty()) {

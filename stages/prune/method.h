@@ -74,6 +74,10 @@ class PruningMethod {
   virtual bool moves_weights() const { return false; }
   /// Throws UserError placed at the key when the method cannot prune by `pattern`.
   virtual void check(const Pattern&) const {}
+  /// Throws UserError when what the method reads stands neither in the model that the run starts
+  /// from nor is left by an entry before (RunContext::earlier).
+  virtual void check_start(const Pattern&, const driver::RunContext&, const io::Checkpoint&) const {
+  }
   /// Whether the dense layer that pools an encoder's first token is pruned too, as a unit of its
   /// own behind the blocks (BlockWork::block is then their number).
   virtual bool prunes_pooler() const { return false; }

@@ -101,6 +101,7 @@ void PruneStage::check(const driver::RunContext& run, const std::filesystem::pat
   require_layers(options_.layers, architecture, pooler_in(checkpoint, architecture));
   if (const int64_t heads = options_.layers.pattern.heads; heads > 0)
     require_heads(architecture, heads);
+  method_->check_start(options_.layers.pattern, run, checkpoint);
   int64_t weights = 0;
   for (int64_t block = 0; block < architecture.blocks; ++block)
     for (const PlannedLayer& layer : planned_layers(options_.layers, architecture, block))

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "pipeline/data/token_set.h"
+#include "pipeline/driver/spread.h"
 #include "pipeline/driver/stage.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
@@ -182,10 +183,14 @@ void RetrainStage::check(const driver::RunContext& run,
     method_->check(architecture.weight_name(matrix.block, matrix.linear), matrix.linear.out,
                    matrix.linear.in);
   check_start(run, checkpoint);
+  if (options_.adapter_from) {
+    const StoredAdapter stored = StoredAdapter::read(adapter_file_of(*options_.adapter_from));
+    stored.require_method(options_.method, method_->settings());
+    if (run.takes_start_model)  // the checksum reads all of it, as the stage would
+      stored.require_base(driver::tensors_checksum(checkpoint, run.group),
+                          checkpoint.directory().string());
+  }
   if (!run.group.is_root()) return;
-  if (options_.adapter_from)
-    StoredAdapter::read(adapter_file_of(*options_.adapter_from))
-        .require_method(options_.method, method_->settings());
   // What an earlier start has left is replaced, not added to.
   const int64_t there = bytes_below(run.directory);
   io::require_space(run.directory,
@@ -198,11 +203,10 @@ void RetrainStage::check_start(const driver::RunContext& run,
   const auto left = [&](const auto& by) {
     return std::any_of(run.earlier.begin(), run.earlier.end(), by);
   };
-  const auto leaves_terms = [](const driver::EarlierEntry& entry) {
-    return entry.kind == "retrain" && entry.settings.contains("merge") &&
-           entry.settings.at("merge") == "beside";
+  const auto leaves_adapter = [](const driver::EarlierEntry& entry) {
+    return entry.leaves_adapter();
   };
-  if (options_.adapter_previous && !left(leaves_terms) &&
+  if (options_.adapter_previous && !left(leaves_adapter) &&
       model::matrices_with_terms(start_model).empty())
     throw UserError(fmt::format(
         "retrain.adapter: previous, but nothing stands beside the matrices of {} and no retrain "

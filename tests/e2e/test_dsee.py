@@ -482,3 +482,4 @@ def test_what_cannot_be_pruned_so_is_refused_with_the_way_out(labelled, tmp_path
         ended = run(*labelled.arguments(tmp_path / str(number), *changes), ranks=2)
         assert ended.code == 2 and len(ended.messages) == 1, (changes, str(ended))
         assert all(word in ended.messages[0] for word in words), (changes, ended.messages)
+        assert not (tmp_path / str(number)).exists()  # before any stage began

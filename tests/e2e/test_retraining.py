@@ -118,11 +118,15 @@ def test_a_stored_adapter_is_applied_to_its_base_and_refused_on_another(files, v
         name = "model.layers.0.self_attn.q_proj.weight/value"
         assert np.array_equal(one[name][()], other[name][()])
     assert perplexities(run_dir) == perplexities(validated)
-    ended = run(*settings(files, tmp_path / "other", **{**again, "prune.pattern": "1:4"}))
-    assert ended.code != 0
     with h5py.File(adapters) as one:
         checksum = one.attrs["base_checksum"]
-    assert (checksum if isinstance(checksum, str) else checksum.decode()) in ended.errors
+    checksum = checksum if isinstance(checksum, str) else checksum.decode()
+    ended = run(*settings(files, tmp_path / "other", **{**again, "prune.pattern": "1:4"}))
+    assert ended.code != 0 and checksum in ended.errors
+    # Where no entry before changes the model, before the first of them begins.
+    ended = run(*settings(files, tmp_path / "dense", **{**again, "pipeline": "[evaluate,retrain]"}), ranks=2)
+    assert ended.code == 2 and len(ended.messages) == 1 and checksum in ended.errors, str(ended)
+    assert not (tmp_path / "dense").exists()
 
 
 @pytest.mark.parametrize("method,more", [("lora_xs", []), ("vera", []), ("dsee", ["retrain.index_sets=random"])])
