@@ -78,14 +78,20 @@ void write_derived(const std::filesystem::path& directory, const Checkpoint& bas
 /// Lets the derived.json of `directory` name the same base in another place.
 void rebase_derived(const std::filesystem::path& directory, const std::filesystem::path& base);
 
+/// Throws UserError naming directory and file when writing the model whole into `directory` would
+/// touch a model that is no DenseExport's: weights without the mark in their metadata, a derived
+/// model. Reads the headers there.
+void require_overwritable(const Checkpoint& model, const std::filesystem::path& directory);
+
 constexpr int64_t kShardBytes = int64_t{5} << 30;
 
 /// A model written whole: shards of at most `shard_bytes` with the index when more than one,
 /// config.json (dtype field set to the tensors'), tokenizer and generation files carried along.
 /// Each tensor is cast to `dtype` when floating point. Tied tensors that the root stores once are
-/// stored once. A model of parts is written as parts, each with its companions. Atomic by file;
-/// streams a tensor at a time. In parts, so that several processes can share the shards: begin() by
-/// one of them, then every shard by any, then finish() by one.
+/// stored once. A model of parts is written as parts, each with its companions. The metadata of
+/// each file of weights say {"written_by": "espalier"}. Atomic by file; streams a tensor at a time.
+/// In parts, so that several processes can share the shards: begin() by one of them, then every
+/// shard by any, then finish() by one.
 class DenseExport {
  public:
   /// Throws UserError when `directory` is one that the model itself stands on.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
@@ -15,6 +16,9 @@ namespace {
 
 using nlohmann::json;
 namespace fs = std::filesystem;
+
+/// In the metadata of every file of weights: what tells an export from another program's model.
+const std::pair<std::string, std::string> kMark = {"written_by", "espalier"};
 
 struct Shard {
   std::vector<TensorPlan> tensors;
@@ -72,6 +76,28 @@ void refuse_overwriting_sources(const Checkpoint& model, const fs::path& directo
   }
 }
 
+/// A damaged file does not say it.
+bool is_marked(const fs::path& file) {
+  try {
+    const SafetensorsFile opened(file);
+    const auto writer = opened.metadata().find(kMark.first);
+    return writer != opened.metadata().end() && writer->second == kMark.second;
+  } catch (const UserError&) {
+    return false;
+  }
+}
+
+/// The name of a file there that says that a model of somebody else's lies in the directory; empty:
+/// none.
+std::string foreign_file(const fs::path& directory) {
+  if (!fs::is_directory(directory)) return "";
+  for (const char* name : {kDerivedFile, "pytorch_model.bin", "pytorch_model.bin.index.json"})
+    if (fs::exists(directory / name)) return name;
+  for (const std::string& name : safetensors_files(directory))
+    if (!is_marked(directory / name)) return name;
+  return "";
+}
+
 /// What an earlier export left and this one does not replace. The index goes first: without it the
 /// directory is no model until this export is complete.
 void remove_stale(const fs::path& directory, const std::set<std::string>& written) {
@@ -90,7 +116,7 @@ void remove_stale(const fs::path& directory, const std::set<std::string>& writte
 
 void write_one_shard(const Checkpoint& model, const std::string& prefix, const fs::path& file,
                      const Shard& shard) {
-  SafetensorsWriter writer(file, shard.tensors, {{"format", "pt"}});
+  SafetensorsWriter writer(file, shard.tensors, {{"format", "pt"}, kMark});
   for (const TensorPlan& tensor : shard.tensors) {
     writer.append(model.view(prefix + tensor.name).to(tensor.dtype));
     model.drop(prefix + tensor.name);
@@ -169,6 +195,17 @@ void rebase_derived(const std::filesystem::path& directory, const std::filesyste
   json content = before;
   content["base"] = base_path(directory, base);
   if (content != before) write_file(file, content.dump(2) + "\n");
+}
+
+void require_overwritable(const Checkpoint& model, const std::filesystem::path& directory) {
+  std::vector<fs::path> targets{directory};
+  for (const auto& [folder, stem] : model.parts()) targets.push_back(directory / folder);
+  for (const fs::path& target : targets)
+    if (const std::string name = foreign_file(target); !name.empty())
+      throw UserError(
+          fmt::format("{}: holds {}, which is not marked as an export of espalier; choose another "
+                      "directory (export.directory, decode's OUT), or remove what lies there",
+                      target.string(), name));
 }
 
 struct DenseExport::Plan {

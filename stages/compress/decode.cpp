@@ -129,6 +129,7 @@ at::Tensor Decoder::decode(size_t i, at::ScalarType floating) const {
 void decode_residuals(const fs::path& base_directory, const std::vector<fs::path>& residual_files,
                       const fs::path& out_directory) {
   const io::Checkpoint base = io::Checkpoint::open(base_directory);
+  io::require_overwritable(base, out_directory);
   const Scratch scratch(out_directory / ".decoding");
   const at::ScalarType dtype = write_sum(base, {residual_files, {}}, scratch.directory());
   const io::Checkpoint decoded = io::Checkpoint::open(scratch.directory());

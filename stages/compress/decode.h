@@ -39,7 +39,8 @@ class Decoder {
 /// Writes the decoded model as a dense checkpoint: the base's tokenizer and configuration beside
 /// it, the latter with what the decoded tensors ask for (pipeline/model/config_keys.h). Several
 /// residuals of one base are summed (see sum.h). One matrix in memory at a time, beside the
-/// residuals; on the disk twice what changed, for a while.
+/// residuals; on the disk twice what changed, for a while. Throws UserError for a directory that
+/// holds a model which is no export or decoding of espalier (io::require_overwritable).
 void decode_residuals(const std::filesystem::path& base_directory,
                       const std::vector<std::filesystem::path>& residual_files,
                       const std::filesystem::path& out_directory);

@@ -33,7 +33,9 @@ class ExportStage : public driver::Stage {
           fmt::format("export.directory: {} is the model the run starts from; choose "
                       "another directory",
                       target.string()));
-    io::require_space(target, io::Checkpoint::open(start_model).bytes());
+    const io::Checkpoint start = io::Checkpoint::open(start_model);
+    if (directory_) io::require_overwritable(start, target);
+    io::require_space(target, start.bytes());
   }
 
   driver::StagePlan plan(const driver::RunContext& run,

@@ -236,6 +236,14 @@ def test_an_activation_that_overflows_is_named_with_its_block(own_model, tmp_pat
     assert "layers.1" in ended.messages[0] or "block 1" in ended.messages[0]
 
 
+def test_an_exports_directory_with_a_model_of_another_program_is_left_alone(files, tmp_path):
+    shutil.copytree(files.model, tmp_path / "theirs")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
+    refused(files, tmp_path, Case([tmp_path / "theirs", "model.safetensors", "choose another", "export.directory"],
+                                  dict(export__directory=tmp_path / "theirs")))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()} == before
+
+
 # -------------------------------------------------------------------------------------- the data
 def test_data_of_another_vocabulary(files, tmp_path):
     file = write_tokens(tmp_path / "other.h5", [text_tokens(2000, 1)], files.model, vocabulary=300)

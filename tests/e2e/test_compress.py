@@ -116,6 +116,19 @@ def test_a_new_classification_head_is_decoded_into_the_class_that_has_it(files, 
     assert ended.code == 2 and all(word in ended.messages[0] for word in ["entailment", "perhaps", "agree"]), str(ended)
 
 
+def test_decode_replaces_what_it_decoded_and_no_model_of_another_program(files, tmp_path):
+    residual = compress(tmp_path / "run", files.model, tuned(files.model, tmp_path / "tuned"), *ERE)
+    run_well("decode", files.model, residual, tmp_path / "decoded")
+    expected = (tmp_path / "decoded/model.safetensors").read_bytes()
+    run_well("decode", files.model, residual, tmp_path / "decoded")
+    assert (tmp_path / "decoded/model.safetensors").read_bytes() == expected
+    before = {file.name: file.read_bytes() for file in (tmp_path / "tuned").iterdir()}
+    ended = run("decode", files.model, residual, tmp_path / "tuned")
+    assert ended.code == 2 and len(ended.messages) == 1, str(ended)
+    assert all(word in ended.messages[0] for word in (str(tmp_path / "tuned"), "model.safetensors", "choose another"))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "tuned").iterdir()} == before
+
+
 # ------------------------------------------------------------------------------- sums
 def test_the_stage_sum_adds_weighted_differences_to_the_base(files, tmp_path):
     base = tensors(files.model)

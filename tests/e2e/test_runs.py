@@ -234,6 +234,8 @@ def test_an_export_to_a_directory_of_ones_own_is_made_again_when_it_is_lost(file
     shutil.rmtree(own)
     run_well(*command)
     assert (own / "model.safetensors").read_bytes() == expected
+    run_well(*command, "run.resume=false")  # over the export that lies there
+    assert (own / "model.safetensors").read_bytes() == expected
 
 
 def test_an_export_beside_other_files_answers_for_its_own_only(files, tmp_path):

@@ -283,6 +283,20 @@ TEST(DenseExport, RemovesWhatAnEarlierExportLeft) {
   EXPECT_EQ(model.tensors_checksum(), Checkpoint::open(directory / "out").tensors_checksum());
 }
 
+TEST(DenseExport, MayReplaceItsOwnWeightsAndNoOthers) {
+  const TemporaryDirectory directory;
+  const Checkpoint model = Checkpoint::open(write_model(directory / "theirs"));
+  require_overwritable(model, directory / "out");
+  write_dense(model, directory / "out", at::kBFloat16, 50);
+  require_overwritable(model, directory / "out");
+  const auto refusal = [&](const std::string& name) {
+    return message_of<UserError>([&] { require_overwritable(model, directory / name); });
+  };
+  expect_contains(refusal("theirs"), {(directory / "theirs").string(), "model.safetensors"});
+  write_file(directory / "out/derived.json", "{}");
+  expect_contains(refusal("out"), {(directory / "out").string(), "derived.json"});
+}
+
 TEST(DenseExport, NeverOverwritesAModelItReads) {
   const TemporaryDirectory directory;
   write_model(directory / "m");
