@@ -3,10 +3,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <numeric>
+#include <stop_token>
 #include <thread>
 
 #include "pipeline/comm/backend.h"
@@ -59,6 +63,35 @@ int size_of(MPI_Comm group) {
   check(MPI_Comm_size(group, &size), "MPI_Comm_size");
   return size;
 }
+
+/// Ends this process when MPI's own waiting for peers, which knows no deadline, takes too long: as
+/// it starts and as it ends. Later ranks leave the message to the first that waits: mpirun ends
+/// them meanwhile.
+class Watch {
+ public:
+  Watch(const char* what, double seconds, int rank)
+      : thread_([=](const std::stop_token& stop) {
+          constexpr double kLongest = 1e6;  // which the clock can count
+          const auto patience =
+              std::chrono::milliseconds(std::llround(1e3 * std::min(seconds, kLongest))) +
+              2s * std::min(rank, 3);
+          const auto start = Clock::now();
+          std::mutex mutex;
+          std::condition_variable_any asked;
+          std::unique_lock lock(mutex);
+          if (asked.wait_for(lock, stop, patience, [&] { return stop.stop_requested(); })) return;
+          const double waited = seconds_since(start);
+          if (Clock::now() - start < patience + 1s)  // else it was this one that had stopped
+            print_error(fmt::format(
+                "{}: a rank waited {:.1f} seconds for its peers; a rank has stopped or lost its "
+                "network. Look at its node, or raise cluster.timeout_seconds (now {:g})",
+                what, waited, seconds));
+          exit_now(kExitEnvironment);
+        }) {}
+
+ private:
+  std::jthread thread_;  // asked to stop, and waited for, by its destructor
+};
 
 class MpiBackend final : public Backend {
  public:
@@ -151,6 +184,7 @@ class MpiBackend final : public Backend {
     } catch (const std::exception& error) {
       abort(error.what(), kExitEnvironment);
     }
+    const Watch watch("MPI_Finalize", timeout_, rank_);
     MPI_Comm_free(&data_);
     MPI_Comm_free(&control_);
     MPI_Finalize();
@@ -295,6 +329,7 @@ std::shared_ptr<Backend> mpi_backend(double timeout_seconds) {
     backend->set_timeout(timeout_seconds);
     return backend;
   }
+  const Watch watch("MPI_Init", timeout_seconds, 0);
   int initialized = 0;
   check(MPI_Initialized(&initialized), "MPI_Initialized");
   if (!initialized) {

@@ -69,6 +69,16 @@ def test_a_stopped_rank_ends_the_others_by_the_deadline_that_names_the_operation
     assert DEADLINE_SECONDS <= ended.seconds < DEADLINE_SECONDS + 7
 
 
+@pytest.mark.parametrize("what, place", [("stop_at_start", "MPI_Init"), ("stop_at_end", "MPI_Finalize")])
+def test_a_rank_that_is_stopped_while_mpi_starts_or_ends_ends_the_others_too(what, place):
+    ended = Ended(what, 2)
+    # Before MPI has started no rank can leave the message to another.
+    assert ended.messages and all(re.match(rf"espalier: {place}: a rank waited \d\.\d seconds", message)
+                                  for message in ended.messages), ended.errors
+    assert ended.code == 3
+    assert DEADLINE_SECONDS <= ended.seconds < DEADLINE_SECONDS + 7
+
+
 def test_a_rank_that_says_that_it_works_is_waited_for():
     ended = Ended("work", 1)
     assert (ended.code, ended.errors) == (0, "")

@@ -2,14 +2,17 @@
 //   throw        ends with an error            throw_all    every rank does so at once
 //   throw_busy   the same while another rank computes and never looks at its messages
 //   stop | kill  sends itself SIGSTOP | SIGKILL
+//   stop_at_start | stop_at_end  sends itself SIGSTOP before MPI_Init | in MPI_Finalize
 //   leave        returns from main early
 //   work         computes for twice the timeout and says so     dawdle   the same in silence
 //   none         nothing happens
 #include <fmt/format.h>
+#include <mpi.h>
 #include <signal.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <string>
 #include <thread>
 #include <vector>
@@ -34,6 +37,20 @@ void work(const Communicator& world, double seconds, bool aloud) {
   }
 }
 
+int stop_here(MPI_Comm, int, void*, void*) { return ::kill(::getpid(), SIGSTOP); }
+
+/// MPI_Finalize begins by deleting the attributes of MPI_COMM_SELF.
+void stop_in_finalize() {
+  int key = MPI_KEYVAL_INVALID;
+  MPI_Comm_create_keyval(MPI_COMM_NULL_COPY_FN, stop_here, &key, nullptr);
+  MPI_Comm_set_attr(MPI_COMM_SELF, key, nullptr);
+}
+
+bool is_rank_of_mpirun(const std::string& rank) {
+  const char* own = std::getenv("OMPI_COMM_WORLD_RANK");
+  return own != nullptr && own == rank;
+}
+
 void run(const Communicator& world, const std::string& what, int rank, double timeout) {
   std::vector<int64_t> values(200'000, 1);
   for (int round = 0; round < kRounds; ++round) {
@@ -46,6 +63,7 @@ void run(const Communicator& world, const std::string& what, int rank, double ti
         if (what == "stop") ::kill(::getpid(), SIGSTOP);
         if (what == "kill") ::kill(::getpid(), SIGKILL);
         if (what == "leave") return;
+        if (what == "stop_at_end") stop_in_finalize();
         if (what == "work" || what == "dawdle") work(world, 2 * timeout, what == "work");
       }
     }
@@ -58,6 +76,8 @@ void run(const Communicator& world, const std::string& what, int rank, double ti
 
 int main(int argc, char** argv) {
   if (argc != 4) return espalier::kExitConfiguration;
+  if (std::string(argv[1]) == "stop_at_start" && is_rank_of_mpirun(argv[2]))
+    ::kill(::getpid(), SIGSTOP);
   const auto world = Communicator::world(std::stod(argv[3]));
   try {
     run(world, argv[1], std::stoi(argv[2]), std::stod(argv[3]));
