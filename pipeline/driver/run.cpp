@@ -135,6 +135,8 @@ bool stands(const Running& running, const Entry& entry, const std::string& key) 
   const std::string damage = same_key ? damage_of(directory, manifest, group) : std::string();
   const bool kept = same_key && damage.empty();
   if (group.is_root()) {
+    // A start that was killed behind its manifest has left it.
+    if (kept) fs::remove_all(directory / "state");
     if (kept) fmt::print("{}  done before, kept\n", entry.directory);
     if (!damage.empty()) fmt::print("{}  {}; the stage is run again\n", entry.directory, damage);
     std::fflush(stdout);

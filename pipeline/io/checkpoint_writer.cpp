@@ -107,6 +107,8 @@ void remove_stale(const fs::path& directory, const std::set<std::string>& writte
     const bool ours = is_weights_name(name);
     if (ours && written.count(name) == 0) stale.push_back(name);
   }
+  for (const auto& entry : fs::directory_iterator(directory))  // of an export that was killed
+    if (is_temporary(entry.path())) stale.push_back(entry.path().filename().string());
   for (const std::string& name : stale) {
     std::error_code error;
     fs::remove(directory / name, error);

@@ -274,7 +274,9 @@ TEST(DenseExport, RemovesWhatAnEarlierExportLeft) {
   const Checkpoint model = Checkpoint::open(write_model(directory / "m"));
   write_dense(model, directory / "out", at::kBFloat16, 50);
   write_file(directory / "out/derived.json", "{}");
+  write_file(directory / "out/.model-00001-of-00003.safetensors.espalier-tmp-Ab12Cd", "killed");
   write_dense(model, directory / "out", at::kBFloat16);
+  EXPECT_FALSE(fs::exists(directory / "out/.model-00001-of-00003.safetensors.espalier-tmp-Ab12Cd"));
   EXPECT_FALSE(fs::exists(directory / "out/derived.json"));
   EXPECT_FALSE(fs::exists(directory / "out/model.safetensors.index.json"));
   EXPECT_FALSE(fs::exists(directory / "out/model-00001-of-00003.safetensors"));
