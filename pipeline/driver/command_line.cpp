@@ -29,6 +29,7 @@ usage: espalier [flags] [overrides]
        mpirun -n RANKS espalier [flags] [overrides]
        espalier decode BASE RESIDUAL.h5... OUT  residuals on their base, as a dense checkpoint
        espalier inspect PATH [--json]           what a model, an artifact or a run holds
+       espalier status RUN_DIR [--json]         how far a run or the members of a sweep are
 
 flags
   --config-name NAME    the configuration (default: default)
@@ -61,17 +62,19 @@ CommandLine read_command_line(int count, char** arguments) {
                                   line.decode.size()));
     return line;
   }
-  if (!words.empty() && words[0] == "inspect") {
-    line.wish = CommandLine::Wish::inspect;
+  if (!words.empty() && (words[0] == "inspect" || words[0] == "status")) {
+    const std::string form =
+        words[0] == "inspect" ? "inspect takes PATH [--json]" : "status takes RUN_DIR [--json]";
+    line.wish = words[0] == "inspect" ? CommandLine::Wish::inspect : CommandLine::Wish::status;
     for (const std::string& word : std::span(words).subspan(1)) {
       if (word == "--json")
         line.as_json = true;
       else if (line.inspect.empty() && !word.starts_with("-"))
         line.inspect = word;
       else
-        throw UserError(fmt::format("inspect takes PATH [--json]; {} is neither", word));
+        throw UserError(fmt::format("{}; {} is neither", form, word));
     }
-    if (line.inspect.empty()) throw UserError("inspect takes PATH [--json]");
+    if (line.inspect.empty()) throw UserError(form);
     return line;
   }
   // "--flag value" and "--flag=value".

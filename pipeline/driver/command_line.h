@@ -10,13 +10,13 @@
 namespace espalier::driver {
 
 struct CommandLine {
-  enum class Wish { run, help, configuration, defaults, version, decode, inspect };
+  enum class Wish { run, help, configuration, defaults, version, decode, inspect, status };
   Wish wish = Wish::run;
   bool multirun = false, resolve = false;
   bool plan = false;  ///< tell what the run would do instead of doing it
   config::Request request;
   std::vector<std::string> decode;  ///< BASE RESIDUAL... OUT
-  std::string inspect;              ///< PATH
+  std::string inspect;              ///< PATH, of status too
   bool as_json = false;
 };
 

@@ -15,6 +15,7 @@
 #include "pipeline/driver/sweep_summary.h"
 #include "pipeline/errors.h"
 #include "pipeline/inspect/inspection.h"
+#include "pipeline/inspect/status.h"
 #include "pipeline/io/checksum.h"
 #include "pipeline/linalg/product.h"
 #include "stages/compress/decode.h"
@@ -104,15 +105,19 @@ void run_sweep(const CommandLine& line, std::optional<comm::Communicator>& group
   }
   if (line.plan) return;
   std::map<std::filesystem::path, Sweep> sweeps;  // several when run.name is swept
-  std::string diverged;
   for (size_t i = 0; i < members.size(); ++i) {
-    group = world_of(members[i]);
     const auto directory = sweep_directory(members[i]);
     Sweep& sweep =
         sweeps.try_emplace(directory, Sweep{driver::SharedStages(directory)}).first->second;
     sweep.members.push_back(member_of(members[i], overrides[i]));
+  }
+  for (const auto& [directory, sweep] : sweeps)
+    if (group->is_root()) driver::write_members(directory, sweep.members);
+  std::string diverged;
+  for (const config::Composition& member : members) {
+    group = world_of(member);
     try {
-      driver::carry_out(members[i], *group, &sweep.shared);
+      driver::carry_out(member, *group, &sweeps.at(sweep_directory(member)).shared);
     } catch (const driver::Diverged& failure) {
       diverged += fmt::format("\n  {}", failure.what());
     }
@@ -132,6 +137,11 @@ void run(const CommandLine& line, std::optional<comm::Communicator>& group) {
     driver::plan(composition, *group);
   else
     driver::carry_out(composition, *group);
+}
+
+void print_facts(const inspect::Facts& facts, bool as_json) {
+  constexpr auto kReplace = nlohmann::json::error_handler_t::replace;  // names need be no UTF-8
+  fmt::print("{}", as_json ? facts.dump(2, ' ', false, kReplace) + "\n" : inspect::text_of(facts));
 }
 
 void print(const CommandLine& line) {
@@ -155,13 +165,10 @@ void print(const CommandLine& line) {
                                  line.decode.back());
       fmt::print("decoded into {}\n", line.decode.back());
       return;
-    case CommandLine::Wish::inspect: {
-      constexpr auto kReplace = nlohmann::json::error_handler_t::replace;  // names need be no UTF-8
-      const inspect::Facts facts = inspect::inspect(line.inspect);
-      fmt::print("{}", line.as_json ? facts.dump(2, ' ', false, kReplace) + "\n"
-                                    : inspect::text_of(facts));
-      return;
-    }
+    case CommandLine::Wish::inspect:
+      return print_facts(inspect::inspect(line.inspect), line.as_json);
+    case CommandLine::Wish::status:
+      return print_facts(inspect::status(line.inspect), line.as_json);
     case CommandLine::Wish::run:
       return;
   }

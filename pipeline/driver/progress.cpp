@@ -12,6 +12,7 @@
 #include <cstdlib>
 
 #include "pipeline/errors.h"
+#include "pipeline/io/atomic_file.h"
 
 namespace espalier::driver {
 namespace {
@@ -20,12 +21,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-std::string clock_text(double seconds) {
-  const auto whole = static_cast<int64_t>(std::llround(seconds));
-  return whole < 3600 ? fmt::format("{}:{:02}", whole / 60, whole % 60)
-                      : fmt::format("{}:{:02}:{:02}", whole / 3600, whole / 60 % 60, whole % 60);
 }
 
 /// mpirun gives its ranks a terminal whatever its own output is, so the question is put to its
@@ -49,27 +44,54 @@ double unix_time() {
 
 }  // namespace
 
+std::string clock_text(double seconds) {
+  const auto whole = static_cast<int64_t>(std::llround(seconds));
+  return whole < 3600 ? fmt::format("{}:{:02}", whole / 60, whole % 60)
+                      : fmt::format("{}:{:02}:{:02}", whole / 3600, whole / 60 % 60, whole % 60);
+}
+
 struct Progress::State {
   std::string stage;
-  std::filesystem::path metrics_file;
+  std::filesystem::path run_directory, metrics_file;
   bool shown = false, terminal = false;
   int metrics = -1;
-  std::string what;
+  std::string what, detail;
   int64_t total = 0, done = 0, before = 0;
-  Clock::time_point started, last_line;
+  const Clock::time_point begun = Clock::now();
+  Clock::time_point started, last_line, last_record;
   double last_share = 0;
   bool line_open = false;
 
-  void line(const std::string& detail, bool last) {
+  /// Units a second of those that this start did; 0 until it did one.
+  double per_second() const {
     const double seconds = seconds_since(started);
-    const auto fresh = static_cast<double>(done - before);
-    std::string text = fmt::format("{}  {} {}/{}", stage, what, done, total);
-    if (fresh > 0 && seconds > 0) {
-      const double rate = fresh / seconds;
-      text += fmt::format("  {:.3g}/s", rate);
-      text += last ? fmt::format("  in {}", clock_text(seconds))
-                   : fmt::format("  {} left", clock_text(static_cast<double>(total - done) / rate));
+    return done > before && seconds > 0 ? static_cast<double>(done - before) / seconds : 0;
+  }
+
+  double seconds_left(double rate) const { return static_cast<double>(total - done) / rate; }
+
+  /// Neither synced nor needed: what cannot be written here ends no run.
+  void record() noexcept {
+    last_record = Clock::now();
+    try {
+      nlohmann::json told = {{"stage", stage}, {"seconds", seconds_since(begun)}};
+      if (!what.empty()) told.update({{"phase", what}, {"done", done}, {"total", total}});
+      if (const double rate = per_second(); rate > 0)
+        told.update({{"per_second", rate}, {"seconds_left", seconds_left(rate)}});
+      if (!detail.empty()) told["detail"] = detail;
+      io::AtomicFile file(run_directory / kProgressFile);
+      file.write(told.dump() + "\n");
+      std::filesystem::rename(file.temporary(), file.target());
+    } catch (const std::exception&) {
     }
+  }
+
+  void line(bool last) {
+    std::string text = fmt::format("{}  {} {}/{}", stage, what, done, total);
+    if (const double rate = per_second(); rate > 0)
+      text += fmt::format("  {:.3g}/s  {}", rate,
+                          last ? "in " + clock_text(seconds_since(started))
+                               : clock_text(seconds_left(rate)) + " left");
     if (!detail.empty()) text += "  " + detail;
     if (terminal) {
       fmt::print("\r\033[K{}", text);
@@ -88,11 +110,12 @@ struct Progress::State {
   }
 };
 
-Progress::Progress(std::string stage, std::filesystem::path metrics_file)
+Progress::Progress(std::string stage, std::filesystem::path run_directory)
     : state_(std::make_unique<State>()) {
   state_->stage = std::move(stage);
-  state_->shown = !metrics_file.empty();
-  state_->metrics_file = std::move(metrics_file);
+  state_->shown = !run_directory.empty();
+  state_->run_directory = std::move(run_directory);
+  state_->metrics_file = state_->run_directory / "metrics.jsonl";
   state_->terminal = output_is_terminal();
   if (!state_->shown) return;
   state_->metrics =
@@ -100,9 +123,11 @@ Progress::Progress(std::string stage, std::filesystem::path metrics_file)
   if (state_->metrics < 0)
     throw EnvironmentError(fmt::format("{}: cannot be written ({})", state_->metrics_file.string(),
                                        std::error_code(errno, std::generic_category()).message()));
+  state_->record();
 }
 
 Progress::~Progress() {
+  if (state_->shown) state_->record();  // an end by a signal is told to the unit
   if (state_->shown) state_->end_line();
   if (state_->metrics >= 0) close(state_->metrics);
 }
@@ -114,6 +139,8 @@ void Progress::start(const std::string& what, int64_t total, int64_t done) {
   s.done = s.before = done;
   s.started = s.last_line = Clock::now();
   s.last_share = total > 0 ? static_cast<double>(done) / static_cast<double>(total) : 0;
+  s.detail.clear();
+  if (s.shown) s.record();
   if (s.shown && done > 0) say(fmt::format("going on after {} of {} {}", done, total, what));
 }
 
@@ -121,17 +148,24 @@ void Progress::advance(int64_t done, const std::string& detail) {
   State& s = *state_;
   s.done = done;
   if (!s.shown) return;
+  s.detail = detail;
+  // To pass once more through what an earlier start finished is no work of this rate.
+  if (s.before > 0 && done <= s.before) s.started = Clock::now();
+  if (seconds_since(s.last_record) >= 1) s.record();
   const double share =
       static_cast<double>(done) / static_cast<double>(std::max<int64_t>(s.total, 1));
   const double quiet = seconds_since(s.last_line);
   const bool due = s.terminal ? quiet >= 0.1 : quiet >= 10 || share >= s.last_share + 0.1;
   if (!due || done >= s.total) return;  // finish() has the last line
   s.last_share = share;
-  s.line(detail, false);
+  s.line(false);
 }
 
 void Progress::finish() {
-  if (state_->shown) state_->line({}, true);
+  if (!state_->shown) return;
+  state_->detail.clear();
+  state_->record();
+  state_->line(true);
 }
 
 void Progress::say(const std::string& line) {

@@ -1,5 +1,6 @@
 #pragma once
-/// The progress line of a stage (rank 0), the metrics stream, and the wish to stop.
+/// The progress line of a stage (rank 0), what it leaves for others to read (metrics.jsonl,
+/// progress.json), and the wish to stop.
 
 #include <cstdint>
 #include <filesystem>
@@ -11,11 +12,20 @@
 
 namespace espalier::driver {
 
+/// How far the stage at work is, in the directory of a run that is not finished; replaced at most
+/// once a second:
+///   {"stage", "seconds" of this start, "phase", "done", "total", "per_second", "seconds_left",
+///    "detail"}
+/// without those that are not known (yet).
+inline constexpr const char* kProgressFile = "progress.json";
+
+/// "0:07", "1:02:03".
+std::string clock_text(double seconds);
+
 class Progress {
  public:
-  /// `metrics_file` receives one JSON line an event; empty on ranks other than 0, which show
-  /// nothing.
-  Progress(std::string stage, std::filesystem::path metrics_file);
+  /// `run_directory` receives the files; empty on ranks other than 0, which show nothing.
+  Progress(std::string stage, std::filesystem::path run_directory);
   ~Progress();
 
   /// Starts a phase of `total` units ("blocks", "steps", "segments"), `done` of them from an

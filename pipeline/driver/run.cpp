@@ -278,8 +278,7 @@ void run_entry(Running& running, const Entry& entry) {
   if (entry.kind == "retrain" && model::matrices_with_terms(io::Checkpoint::open(input)).empty())
     running.models["retrain.input"] = input;
   if (!stands(running, entry, key)) {
-    Progress progress(entry.directory,
-                      group.is_root() ? running.run.directory / "metrics.jsonl" : fs::path());
+    Progress progress(entry.directory, group.is_root() ? running.run.directory : fs::path());
     if (!taken_over(running, entry, key, progress)) {
       pass_over(running);
       compute(running, entry, key, input, progress);
@@ -419,7 +418,9 @@ void carry_out(const config::Composition& composition, comm::Communicator group,
       throw;
     }
   }
-  if (group.is_root()) print_table(shared.run_directory, prepared.entries);
+  if (!group.is_root()) return;
+  fs::remove(shared.run_directory / kProgressFile);
+  print_table(shared.run_directory, prepared.entries);
 }
 
 void check(const config::Composition& composition, comm::Communicator group) {

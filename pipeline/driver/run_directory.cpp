@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "pipeline/driver/machine.h"
+#include "pipeline/driver/progress.h"
 #include "pipeline/errors.h"
 #include "pipeline/io/atomic_file.h"
 
@@ -91,7 +92,7 @@ std::unique_ptr<RunLock> open_run_directory(const config::Composition& compositi
   check_run_directory(composition, shared);  // another start may have begun a run meanwhile
   if (fs::exists(environment_file) && !shared.resume) remove_earlier_run(directory);
   io::remove_leftovers(directory);
-  fs::remove(directory / "failure.json");
+  for (const char* name : {"failure.json", kProgressFile}) fs::remove(directory / name);
   json environment = describe_machine();
   environment["ranks"] = group.size();
   environment["threads_per_rank"] = shared.threads_per_rank;

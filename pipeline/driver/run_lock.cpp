@@ -146,14 +146,24 @@ bool create(const fs::path& file, const std::string& content) {
   return place(whole.temporary(), file);
 }
 
+constexpr const char* kAside = "run.lock.stale.";
+
 /// Takes a lock of this content away; another that came into its place meanwhile is put back.
 void remove_stale(const fs::path& file, const std::string& content) {
-  const fs::path aside = fmt::format("{}.stale.{}", file.string(), getpid());
+  const fs::path aside = file.parent_path() / fmt::format("{}{}", kAside, getpid());
   if (::rename(file.c_str(), aside.c_str()) != 0) {
     if (errno == ENOENT) return;  // somebody else was faster
     io::throw_environment_error(file, "the lock of a start that is gone cannot be removed", errno);
   }
   if (text_of(aside) == content || !place(aside, file)) ::unlink(aside.c_str());
+}
+
+/// Stale locks that starts put aside and were killed before they removed them. One of `content`,
+/// our own, is about to be put back.
+void remove_asides(const fs::path& directory, const std::string& content) {
+  for (const auto& entry : fs::directory_iterator(directory))
+    if (entry.path().filename().string().starts_with(kAside) && text_of(entry.path()) != content)
+      ::unlink(entry.path().c_str());
 }
 
 std::string name_of(const json& owner) {
@@ -218,6 +228,7 @@ RunLock::RunLock(const fs::path& directory, Timing timing)
     require_stale(file_, found, timing_);
     remove_stale(file_, found);
   }
+  remove_asides(directory, content_);
   heart_ = std::jthread([this](const std::stop_token& stop) { beat(stop); });
 }
 
@@ -242,16 +253,17 @@ void RunLock::beat(const std::stop_token& stop) const {
   }
 }
 
-std::optional<std::string> owner_of(const fs::path& directory) {
+std::optional<LockOwner> owner_of(const fs::path& directory) {
   const fs::path file = directory / "run.lock";
   const auto seen = time_of(file);
   if (!seen) return std::nullopt;
   const json owner = description_in(text_of(file));
   const auto age =
       std::chrono::duration_cast<milliseconds>(fs::file_time_type::clock::now() - *seen);
-  const auto lives = owner_lives(owner);
-  return fmt::format("{}, {}{}", name_of(owner), seen_text(age),
-                     lives && !*lives ? "; it is gone" : "");
+  const bool gone = !owner_lives(owner).value_or(true);
+  return LockOwner{
+      fmt::format("{}, {}{}", name_of(owner), seen_text(age), gone ? "; it is gone" : ""), gone,
+      age >= RunLock::Timing{}.silence};
 }
 
 }  // namespace espalier::driver

@@ -44,8 +44,13 @@ class RunLock {
   std::jthread heart_;
 };
 
-/// "process 12 on node1 (job 7) since ..., last seen 4 s ago", and whether it is gone where that
-/// can be seen; nullopt when nobody has the directory. Never fails because of the file's content.
-std::optional<std::string> owner_of(const std::filesystem::path& directory);
+struct LockOwner {
+  std::string text;     ///< "process 12 on node1 (job 7) since ..., last seen 4 s ago"
+  bool gone = false;    ///< where that can be seen
+  bool silent = false;  ///< no sign of life came for Timing::silence
+};
+
+/// nullopt when nobody has the directory. Never fails because of the file's content.
+std::optional<LockOwner> owner_of(const std::filesystem::path& directory);
 
 }  // namespace espalier::driver

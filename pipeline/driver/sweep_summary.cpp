@@ -306,6 +306,14 @@ std::string csv_of(const json& summary) {
   return text;
 }
 
+void write_members(const fs::path& sweep_directory, const std::vector<SweepMember>& members) {
+  json names = json::array();
+  for (const SweepMember& member : members) names.push_back(member.directory.filename().string());
+  const json content = {{"members", names}};
+  io::write_file(sweep_directory / kSweepFile,
+                 content.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
+}
+
 void write_summary(const fs::path& sweep_directory, const std::vector<SweepMember>& members) {
   std::vector<std::pair<SweepMember, json>> read;
   std::set<fs::path> seen;  // cluster.* makes no other member

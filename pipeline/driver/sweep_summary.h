@@ -49,6 +49,13 @@ std::vector<std::vector<std::string>> table_of(const nlohmann::json& summary);
 /// Every figure in columns of its own, with full precision.
 std::string csv_of(const nlohmann::json& summary);
 
+/// What lies in a sweep's directory while it is at work, as most members have no directory yet:
+/// {"members": [NAME, ...]}, the members' directories in the order of the command.
+inline constexpr const char* kSweepFile = "sweep.json";
+/// Writes it. By rank 0 alone.
+void write_members(const std::filesystem::path& sweep_directory,
+                   const std::vector<SweepMember>& members);
+
 /// Reads the members, writes summary.json and summary.csv into the sweep's directory and prints the
 /// table. By rank 0 alone. Throws EnvironmentError when a file cannot be written.
 void write_summary(const std::filesystem::path& sweep_directory,

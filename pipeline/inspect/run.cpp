@@ -22,15 +22,6 @@ using Parsed = nlohmann::json;
 constexpr const char* kEnvironmentFile = "environment.json";
 constexpr const char* kManifestFile = "manifest.json";
 
-/// The object in a file; empty without the file. Throws UserError where it holds something else.
-Parsed read_object(const fs::path& file) {
-  if (!fs::exists(file)) return Parsed::object();
-  const Parsed content = io::parse_json(io::read_file(file), file.string());
-  if (!content.is_object())
-    throw UserError(fmt::format("{}: an object is expected; it is damaged", file.string()));
-  return content;
-}
-
 void add(json& inspection, const char* name, const Parsed& value) {
   if (value.is_primitive() && !value.is_null()) inspection[name] = value;
 }
@@ -56,22 +47,6 @@ json stage_row(const fs::path& directory) {
   return row;
 }
 
-json stage_rows(const fs::path& run, const Parsed& configuration) {
-  json stages = json::array();
-  int64_t number = 0;
-  for (const Parsed& entry : io::value_at(configuration, {"pipeline"}))
-    if (entry.is_string())
-      stages.push_back(
-          stage_row(run / fmt::format("{:02}-{}", ++number, entry.get<std::string>())));
-  return stages;
-}
-
-std::string failure_of(const fs::path& run) {
-  const Parsed failure = read_object(run / "failure.json");
-  if (failure.empty()) return "";
-  return fmt::format("{}: {}", io::text_at(failure, {"stage"}), io::text_at(failure, {"message"}));
-}
-
 /// The figures of a stage; of an evaluation those that each task reports.
 json figures_of(const Parsed& metrics) {
   json figures = json::object();
@@ -86,14 +61,22 @@ json figures_of(const Parsed& metrics) {
   return figures;
 }
 
+}  // namespace
+
+Parsed read_object(const fs::path& file) {
+  if (!fs::exists(file)) return Parsed::object();
+  const Parsed content = io::parse_json(io::read_file(file), file.string());
+  if (!content.is_object())
+    throw UserError(fmt::format("{}: an object is expected; it is damaged", file.string()));
+  return content;
+}
+
 std::vector<fs::path> runs_below(const fs::path& directory) {
   std::vector<fs::path> runs;
   for (const std::string& name : io::subdirectories(directory))
     if (is_run(directory / name)) runs.push_back(directory / name);
   return runs;
 }
-
-}  // namespace
 
 bool is_sweep(const fs::path& directory) { return !runs_below(directory).empty(); }
 bool is_run(const fs::path& directory) { return fs::exists(directory / kEnvironmentFile); }
@@ -102,11 +85,27 @@ bool is_stage(const fs::path& directory) {
          (driver::is_stage_directory(directory) && is_run(fs::absolute(directory).parent_path()));
 }
 
+json stages_of(const fs::path& run) {
+  const Parsed environment = read_object(run / kEnvironmentFile);
+  json stages = json::array();
+  int64_t number = 0;
+  for (const Parsed& entry : io::value_at(environment, {"configuration", "pipeline"}))
+    if (entry.is_string())
+      stages.push_back(
+          stage_row(run / fmt::format("{:02}-{}", ++number, entry.get<std::string>())));
+  return stages;
+}
+
+std::string failure_of(const fs::path& run) {
+  const Parsed failure = read_object(run / "failure.json");
+  if (failure.empty()) return "";
+  return fmt::format("{}: {}", io::text_at(failure, {"stage"}), io::text_at(failure, {"message"}));
+}
+
 json describe_sweep(const fs::path& directory) {
   json members = json::array();
   for (const fs::path& run : runs_below(directory)) {
-    const json stages =
-        stage_rows(run, io::value_at(read_object(run / kEnvironmentFile), {"configuration"}));
+    const json stages = stages_of(run);
     const auto finished = std::count_if(stages.begin(), stages.end(), [](const json& stage) {
       return stage["status"] == "finished";
     });
@@ -125,10 +124,10 @@ json describe_run(const fs::path& directory) {
     add(inspection, key, io::value_at(environment, {key}));
   add(inspection, "model", io::value_at(environment, {"configuration", "model", "path"}));
   add(inspection, "seed", io::value_at(environment, {"configuration", "run", "seed"}));
-  if (const auto owner = driver::owner_of(directory)) inspection["in_use_by"] = *owner;
+  if (const auto owner = driver::owner_of(directory)) inspection["in_use_by"] = owner->text;
   if (const std::string failure = failure_of(directory); !failure.empty())
     inspection["failure"] = failure;
-  inspection["stages"] = stage_rows(directory, io::value_at(environment, {"configuration"}));
+  inspection["stages"] = stages_of(directory);
   return inspection;
 }
 

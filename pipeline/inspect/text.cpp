@@ -6,6 +6,7 @@
 #include <map>
 #include <vector>
 
+#include "pipeline/driver/progress.h"
 #include "pipeline/driver/text_table.h"
 #include "pipeline/inspect/inspection.h"
 
@@ -64,7 +65,24 @@ std::vector<std::string> parts_of(const json& list) {
   return parts;
 }
 
+/// "31 of 250 steps, 3.7/s, 0:59 left, 0:12 so far, told 1 s ago, loss 2.31".
+std::string progress_text(const json& progress) {
+  Row parts;
+  if (progress.contains("phase"))
+    parts.push_back(fmt::format("{} of {} {}", progress.value("done", int64_t{0}),
+                                progress.value("total", int64_t{0}), progress.value("phase", "")));
+  if (progress.contains("per_second"))
+    parts.push_back(fmt::format("{:.3g}/s", progress.value("per_second", 0.0)));
+  if (progress.contains("seconds_left"))
+    parts.push_back(driver::clock_text(progress.value("seconds_left", 0.0)) + " left");
+  parts.push_back(driver::clock_text(progress.value("seconds", 0.0)) + " so far");
+  parts.push_back(fmt::format("told {:.0f} s ago", progress.value("told_seconds_ago", 0.0)));
+  if (progress.contains("detail")) parts.push_back(progress.value("detail", ""));
+  return fmt::format("{}", fmt::join(parts, ", "));
+}
+
 std::string text_of_value(const std::string& key, const json& value) {
+  if (key == "progress" && value.is_object()) return progress_text(value);
   if (value.is_string()) return value.get<std::string>();
   if (value.is_boolean()) return value.get<bool>() ? "yes" : "no";
   if (value.is_number_integer() && (key == "seed" || key == "cardinality")) return value.dump();
@@ -137,7 +155,7 @@ std::string text_of(const json& inspection) {
     if (is_table(value)) {
       tables +=
           fmt::format("\n{}\n{}", words(key), table_of(value, key != "members" && key != "stages"));
-    } else if (value.is_object()) {
+    } else if (value.is_object() && key != "progress") {
       for (const auto& [inner, part] : value.items())
         facts.push_back({words(key) + ": " + words(inner), text_of_value(inner, part)});
     } else if (!value.is_null() && !(value.is_array() && value.empty())) {

@@ -72,6 +72,12 @@ TEST_F(RunLocks, OfAProcessThatIsGoneIsTakenAtOnce) {
   EXPECT_EQ(owner()["process"], getpid());
 }
 
+TEST_F(RunLocks, ThatAKilledStartPutAsideAreRemoved) {
+  io::write_file(directory_ / "run.lock.stale.12", "{}");
+  { const RunLock lock(directory_, kQuick); }
+  EXPECT_TRUE(fs::is_empty(directory_));
+}
+
 TEST_F(RunLocks, OfAnotherProcessOfTheSameNumberIsTakenToo) {
   nlohmann::json left;
   {
@@ -99,21 +105,24 @@ TEST_F(RunLocks, OfAnotherBootIsOfAnotherHostThoughTheNameIsTheSame) {
 }
 
 TEST_F(RunLocks, TellWhoHasADirectoryWhateverTheFileHolds) {
-  EXPECT_EQ(owner_of(directory_), std::nullopt);
+  EXPECT_FALSE(owner_of(directory_).has_value());
   {
     const RunLock lock(directory_, kQuick);
-    EXPECT_NE(owner_of(directory_)->find(std::to_string(getpid())), std::string::npos);
-    EXPECT_EQ(owner_of(directory_)->find("gone"), std::string::npos);
+    EXPECT_NE(owner_of(directory_)->text.find(std::to_string(getpid())), std::string::npos);
+    EXPECT_FALSE(owner_of(directory_)->gone);
+    EXPECT_FALSE(owner_of(directory_)->silent);
     nlohmann::json left = owner();
     left["started"] = "1";
     leave(left, 0s);
-    EXPECT_NE(owner_of(directory_)->find("gone"), std::string::npos);
+    EXPECT_TRUE(owner_of(directory_)->gone);
     fs::remove(file_);
   }
   leave({{"host", 3}, {"process", "x"}}, 5s);
-  EXPECT_TRUE(owner_of(directory_).has_value());
+  EXPECT_FALSE(owner_of(directory_)->silent);
+  leave({{"host", 3}, {"process", "x"}}, 300s);
+  EXPECT_TRUE(owner_of(directory_)->silent);
   io::write_file(file_, "");
-  EXPECT_NE(owner_of(directory_)->find("another start"), std::string::npos);
+  EXPECT_NE(owner_of(directory_)->text.find("another start"), std::string::npos);
 }
 
 TEST_F(RunLocks, OfTheSameSlurmJobBeforeItWasRequeuedIsTakenAtOnce) {
