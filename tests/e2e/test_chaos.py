@@ -19,7 +19,7 @@ from small_model import write_files
 
 ROUNDS = int(os.environ.get("ESPALIER_TEST_CHAOS", "10"))
 RECORD = os.environ.get("ESPALIER_TEST_CHAOS_RECORD")
-TIMEOUT_SECONDS = 4
+TIMEOUT_SECONDS = 5
 # A rank that was stopped is missed after TIMEOUT_SECONDS; two more until MPI_Abort, one until mpirun kills.
 LONGEST_ENDING_SECONDS = TIMEOUT_SECONDS + 11
 WORK = dict(pipeline="[evaluate,discover,prune,evaluate,retrain,compress,evaluate,export]", prune="sparsegpt",
@@ -121,7 +121,7 @@ def disturbed_start(command: list[str], undisturbed: Undisturbed, run_dir: Path,
         if job.process.poll() is not None:
             return job.end(), None
         begun = begun or is_at_work(run_dir, job)
-        time.sleep(0.01)
+        time.sleep(0.02)
     stage = first_due(undisturbed, run_dir) if begun or is_at_work(run_dir, job) else "start"
     job.signal(kind, [rank])
     ended, seconds = ending_of(job, time.monotonic(), rank if kind == signal.SIGSTOP else None)
