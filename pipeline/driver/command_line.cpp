@@ -2,7 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <charconv>
 #include <span>
+#include <system_error>
 
 #include "pipeline/errors.h"
 
@@ -20,6 +22,15 @@ fs::path default_config_directory() {
   return fs::path(ESPALIER_SOURCE_DIR) / "configs";
 }
 
+/// K of --member, from 1.
+size_t member_number(const std::string& text) {
+  size_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || end != text.data() + text.size() || number == 0)
+    throw UserError(fmt::format("--member: \"{}\" is no number of a member, 1 or more", text));
+  return number;
+}
+
 }  // namespace
 
 std::string usage() {
@@ -35,6 +46,9 @@ flags
   --config-name NAME    the configuration (default: default)
   --config-dir DIR      where configurations lie (default: configs/ of the source tree)
   -m, --multirun        a sweep: comma lists, range(), choice(), glob() in overrides
+      --member K        of the sweep only member K, counted from 1; no summary is written
+      --members         print the directories of the sweep's members, one a line
+      --summary         write the sweep's summary of what its members have left
   --cfg job|all         print the composed configuration; --resolve replaces interpolations
   --info defaults       print the defaults list that was composed
   --plan                check everything as a run does, print what each stage will do, write nothing
@@ -87,6 +101,7 @@ CommandLine read_command_line(int count, char** arguments) {
   const auto is = [&](const std::string& flag) {
     return words[i] == flag || words[i].starts_with(flag + "=");
   };
+  std::string of_sweep;  // a flag that is given and belongs to a sweep
   for (; i < words.size(); ++i) {
     const std::string& word = words[i];
     if (is("--config-name") || is("-cn")) {
@@ -95,6 +110,12 @@ CommandLine read_command_line(int count, char** arguments) {
       line.request.directory = value(is("-cd") ? "-cd" : "--config-dir");
     } else if (word == "-m" || word == "--multirun") {
       line.multirun = true;
+    } else if (word == "--members" || word == "--summary") {
+      line.wish = word == "--members" ? CommandLine::Wish::members : CommandLine::Wish::summary;
+      of_sweep = word;
+    } else if (is("--member")) {
+      line.member = member_number(value("--member"));
+      of_sweep = "--member";
     } else if (is("--cfg") || is("-c")) {
       const std::string what = value(is("-c") ? "-c" : "--cfg");
       if (what != "job" && what != "all")
@@ -118,6 +139,8 @@ CommandLine read_command_line(int count, char** arguments) {
       line.request.overrides.push_back(word);
     }
   }
+  if (!of_sweep.empty() && !line.multirun)
+    throw UserError(of_sweep + " belongs to a sweep; give -m as well");
   return line;
 }
 

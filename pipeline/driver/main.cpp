@@ -7,6 +7,8 @@
 #include <filesystem>
 #include <map>
 #include <optional>
+#include <set>
+#include <utility>
 
 #include "pipeline/comm/communicator.h"
 #include "pipeline/driver/command_line.h"
@@ -72,16 +74,68 @@ config::Composition compose_member(config::Request request,
   return config::compose(request);
 }
 
-/// The members that lie in one directory.
-struct Sweep {
-  driver::SharedStages shared;
-  std::vector<driver::SweepMember> members = {};
+/// One configuration of a sweep.
+struct Member {
+  std::vector<std::string> overrides;
+  config::Composition composition;
+  std::filesystem::path directory;
 };
 
-driver::SweepMember member_of(const config::Composition& composition,
-                              const std::vector<std::string>& overrides) {
-  const config::Section run = composition.root().child("run");
-  return {overrides, static_cast<uint64_t>(run.integer_or("seed", 0, {.low = 0})), run.text("dir")};
+/// In their order; overrides that change no result make no other member.
+std::vector<Member> members_of(const config::Request& request) {
+  std::vector<Member> members;
+  std::set<std::filesystem::path> seen;
+  for (const auto& overrides : config::expand_sweep(request)) {
+    config::Composition composition = compose_member(request, overrides);
+    const std::filesystem::path directory = composition.root().child("run").text("dir");
+    if (seen.insert(directory).second)
+      members.push_back({overrides, std::move(composition), directory});
+  }
+  return members;
+}
+
+/// All of them, or the one that --member names.
+std::vector<Member> wanted_of(const std::vector<Member>& members, const CommandLine& line) {
+  if (line.member == 0) return members;
+  if (line.member > members.size())
+    throw UserError(fmt::format("--member {}: the sweep has members 1 to {}; --members lists them",
+                                line.member, members.size()));
+  return {members[line.member - 1]};
+}
+
+driver::SweepMember summarized(const Member& member) {
+  const config::Section run = member.composition.root().child("run");
+  return {member.overrides, static_cast<uint64_t>(run.integer_or("seed", 0, {.low = 0})),
+          member.directory};
+}
+
+/// By the directory that they lie in: several when run.name is swept.
+std::map<std::filesystem::path, std::vector<driver::SweepMember>> by_sweep(
+    const std::vector<Member>& members) {
+  std::map<std::filesystem::path, std::vector<driver::SweepMember>> sweeps;
+  for (const Member& member : members)
+    sweeps[sweep_directory(member.composition)].push_back(summarized(member));
+  return sweeps;
+}
+
+void write_summaries(const std::vector<Member>& members) {
+  for (const auto& [directory, its_members] : by_sweep(members))
+    driver::write_summary(directory, its_members);
+}
+
+/// --summary: of members that ran each in a start of its own. Throws UserError naming those that
+/// are not finished.
+void summarize(const CommandLine& line) {
+  const std::vector<Member> members = members_of(line.request);
+  std::string unfinished;
+  for (const Member& member : members) {
+    const std::string due = driver::what_is_due(member.composition);
+    if (!due.empty()) unfinished += fmt::format("\n  {}: {}", member.directory.string(), due);
+  }
+  write_summaries(members);
+  if (!unfinished.empty())
+    throw UserError("members of the sweep are not finished; the same command goes on with them:" +
+                    unfinished);
 }
 
 /// The communicator with the deadline that this configuration asks for.
@@ -93,37 +147,33 @@ comm::Communicator world_of(const config::Composition& composition) {
 /// Members one after another, each checked before the first of them begins. One whose figures left
 /// the finite range ends this start, and at the next it is passed over.
 void run_sweep(const CommandLine& line, std::optional<comm::Communicator>& group) {
-  const auto overrides = config::expand_sweep(line.request);
-  std::vector<config::Composition> members;
-  for (const auto& one : overrides) {
-    members.push_back(compose_member(line.request, one));
-    group = world_of(members.back());
+  const std::vector<Member> all = members_of(line.request);
+  const std::vector<Member> members = wanted_of(all, line);
+  for (const Member& member : members) {
+    group = world_of(member.composition);
     if (line.plan)
-      driver::plan(members.back(), *group);
+      driver::plan(member.composition, *group);
     else
-      driver::check(members.back(), *group);
+      driver::check(member.composition, *group);
   }
   if (line.plan) return;
-  std::map<std::filesystem::path, Sweep> sweeps;  // several when run.name is swept
-  for (size_t i = 0; i < members.size(); ++i) {
-    const auto directory = sweep_directory(members[i]);
-    Sweep& sweep =
-        sweeps.try_emplace(directory, Sweep{driver::SharedStages(directory)}).first->second;
-    sweep.members.push_back(member_of(members[i], overrides[i]));
-  }
-  for (const auto& [directory, sweep] : sweeps)
-    if (group->is_root()) driver::write_members(directory, sweep.members);
+  if (group->is_root())
+    for (const auto& [directory, its_members] : by_sweep(all))
+      driver::write_members(directory, its_members);
+  std::map<std::filesystem::path, driver::SharedStages> shared;
   std::string diverged;
-  for (const config::Composition& member : members) {
-    group = world_of(member);
+  for (const Member& member : members) {
+    group = world_of(member.composition);
+    const auto directory = sweep_directory(member.composition);
+    driver::SharedStages& siblings = shared.try_emplace(directory, directory).first->second;
     try {
-      driver::carry_out(member, *group, &sweeps.at(sweep_directory(member)).shared);
+      driver::carry_out(member.composition, *group, &siblings);
     } catch (const driver::Diverged& failure) {
       diverged += fmt::format("\n  {}", failure.what());
     }
   }
-  for (const auto& [directory, sweep] : sweeps)
-    if (group->is_root()) driver::write_summary(directory, sweep.members);
+  // One member alone leaves the summary to --summary: others are at work.
+  if (line.member == 0 && group->is_root()) write_summaries(members);
   group->barrier();
   if (!diverged.empty())
     throw NumericalError("the sweep is done but for members that have no figures:" + diverged);
@@ -157,6 +207,13 @@ void print(const CommandLine& line) {
       return;
     case CommandLine::Wish::defaults:
       fmt::print("{}", config::compose(line.request).defaults_list());
+      return;
+    case CommandLine::Wish::members:
+      for (const Member& member : members_of(line.request))
+        fmt::print("{}\n", member.directory.string());
+      return;
+    case CommandLine::Wish::summary:
+      summarize(line);
       return;
     case CommandLine::Wish::decode:
       linalg::one_library_thread();

@@ -313,13 +313,18 @@ void write_failure(const Running& running, const Entry& entry,
   }
 }
 
-/// failure.json as it lies there; null without one, or for a run that is to begin anew. Collective.
-json earlier_failure(const Shared& shared, const comm::Communicator& group) {
-  const fs::path file = shared.run_directory / "failure.json";
-  const bool wanted = group.is_root() && shared.resume && fs::exists(file);
-  const json failure =
-      json::parse(group.broadcast(wanted ? io::read_file(file) : "null"), nullptr, false);
+/// failure.json as it lies there; null without one, or where it is damaged.
+json failure_in(const fs::path& run_directory) {
+  const fs::path file = run_directory / "failure.json";
+  if (!fs::exists(file)) return {};
+  const json failure = json::parse(io::read_file(file), nullptr, false);
   return failure.is_discarded() ? json() : failure;
+}
+
+/// The same on all ranks; null for a run that is to begin anew. Collective.
+json earlier_failure(const Shared& shared, const comm::Communicator& group) {
+  const bool wanted = group.is_root() && shared.resume;
+  return json::parse(group.broadcast((wanted ? failure_in(shared.run_directory) : json()).dump()));
 }
 
 /// What the first key stands on: the model and the seed.
@@ -427,6 +432,24 @@ void check(const config::Composition& composition, comm::Communicator group) {
   const Prepared prepared(composition, group, nullptr);
   if (group.is_root()) check_run_directory(composition, prepared.shared);
   group.barrier();
+}
+
+std::string what_is_due(const config::Composition& composition) {
+  try {
+    const config::Section root = composition.root();
+    const Shared shared = read_shared(root);
+    const std::vector<Entry> entries = read_entries(root, shared);
+    check_run_directory(composition, shared);
+    const json failure = failure_in(shared.run_directory);
+    if (failure.is_object())
+      return fmt::format("{}: {}", failure.value("stage", ""), failure.value("message", ""));
+    for (const Entry& entry : entries)
+      if (!io::read_manifest(shared.run_directory / entry.directory))
+        return entry.directory + " is not finished";
+    return "";
+  } catch (const UserError& error) {
+    return error.what();
+  }
 }
 
 void plan(const config::Composition& composition, comm::Communicator group) {

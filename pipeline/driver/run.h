@@ -1,6 +1,8 @@
 #pragma once
 /// One run: a composed configuration carried out in one directory, stage after stage.
 
+#include <string>
+
 #include "pipeline/comm/communicator.h"
 #include "pipeline/config/compose.h"
 #include "pipeline/driver/shared_stages.h"
@@ -26,6 +28,11 @@ void carry_out(const config::Composition& composition, comm::Communicator group,
 
 /// All that carry_out() does before its first write. Collective; throws as it does.
 void check(const config::Composition& composition, comm::Communicator group);
+
+/// The first entry of the pipeline that is not finished in the run's directory, and why where that
+/// is known; empty when all are. What another configuration left there does not count. Reads
+/// manifests alone, not the outputs. By one rank.
+std::string what_is_due(const config::Composition& composition);
 
 /// --plan: reads and checks all that carry_out() does before its first write, and prints what each
 /// entry will do. Writes nothing. Collective; throws as carry_out() does.

@@ -58,6 +58,7 @@ std::vector<std::string> swept_keys(const std::vector<Settings>& members) {
 
 std::vector<fs::path> stages_of(const fs::path& run_directory) {
   std::vector<fs::path> stages;
+  if (!fs::is_directory(run_directory)) return stages;  // a member that has not begun
   for (const auto& entry : fs::directory_iterator(run_directory))
     if (is_stage_directory(entry.path())) stages.push_back(entry.path());
   std::sort(stages.begin(), stages.end(), [](const fs::path& a, const fs::path& b) {
