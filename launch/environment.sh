@@ -9,7 +9,9 @@
 #   ESPALIER_BUILD     where to build                                   (<source>/build)
 #   ESPALIER_WORK      models, texts and data sets made here            (<source>/.espalier)
 #   ESPALIER_JOBS      compilers at a time                              (all cores)
-#   ESPALIER_MPIRUN_ARGUMENTS  added to every mpirun, e.g. "--mca btl tcp,self"
+#   ESPALIER_MPIRUN_ARGUMENTS  added to every mpirun, e.g. "--mca btl tcp,self", or where MPI uses UCX
+#                      "-x UCX_NET_DEVICES=mlx5_0:1"
+#   ESPALIER_INTERFACE network interface for MPI and NCCL, as `ip link` names it (each chooses one)
 # CMake's own variables (CMAKE_PREFIX_PATH, CXX, HDF5_ROOT, ...) are honoured, so modules work.
 
 ESPALIER_SOURCE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -20,6 +22,7 @@ ESPALIER_SOURCE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 : "${ESPALIER_WORK:=$ESPALIER_SOURCE/.espalier}"
 : "${ESPALIER_JOBS:=$(nproc)}"
 : "${ESPALIER_MPIRUN_ARGUMENTS:=}"
+: "${ESPALIER_INTERFACE:=}"
 export ESPALIER_SOURCE ESPALIER_VENV ESPALIER_LIBTORCH ESPALIER_BUILD ESPALIER_WORK ESPALIER_JOBS
 
 # OpenMPI asks for a clear word before it runs as root, and root usually means a container, where
@@ -77,6 +80,25 @@ attempt() {
     [ "$try" = 3 ] || { printf 'try %s failed, the next follows in %s s\n' "$try" $((try * 10)); sleep $((try * 10)); }
   done
   return 1
+}
+
+# What tells mpirun, and by it every rank, to keep to the interface: MPI's data, its own messages, NCCL.
+interface_words() {
+  [ -z "$ESPALIER_INTERFACE" ] || printf '%s ' --mca btl_tcp_if_include "$ESPALIER_INTERFACE" \
+    --mca oob_tcp_if_include "$ESPALIER_INTERFACE" -x "NCCL_SOCKET_IFNAME=$ESPALIER_INTERFACE"
+}
+
+# summarize_sweep ESPALIER'S ARGUMENTS...: table, summary and report page of a sweep whose members ran each in a
+# start of its own. Not 0 while a member is not finished.
+summarize_sweep() {
+  local status=0 directory
+  "$ESPALIER_BUILD/espalier" --summary "$@" || status=$?
+  "$ESPALIER_BUILD/espalier" --members "$@" | sed 's|/[^/]*$||' | sort -u | while IFS= read -r directory; do
+    if [ -x "$ESPALIER_VENV/bin/python" ] && [ -e "$directory/summary.json" ]; then
+      "$ESPALIER_VENV/bin/python" "$ESPALIER_SOURCE/launch/report.py" "$directory"
+    fi
+  done
+  return "$status"
 }
 
 # The LibTorch to build with: the person's, or the one of the virtual environment.

@@ -48,9 +48,13 @@ END
   fi
 }
 
-# Makes a repeated build quick, or gives the example's text; work goes on without them.
+# Makes a repeated build quick, gives the example's text, or what one test needs; work goes on without them.
 wishes() {
   echo "ccache|repeated builds|program ccache"
+  if $tests; then
+    echo "munge|the test of launch/submit.sh|program munged"
+    echo "slurm-wlm|the test of launch/submit.sh|program slurmctld"
+  fi
   if ! $own_model; then
     echo "python3.11-doc|the text of the example|documentation"
   fi
