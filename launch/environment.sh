@@ -89,11 +89,11 @@ interface_words() {
 }
 
 # summarize_sweep ESPALIER'S ARGUMENTS...: table, summary and report page of a sweep whose members ran each in a
-# start of its own. Not 0 while a member is not finished.
+# start of its own. Not 0 while a member is not finished. `program` is what starts espalier.
 summarize_sweep() {
   local status=0 directory
-  "$ESPALIER_BUILD/espalier" --summary "$@" || status=$?
-  "$ESPALIER_BUILD/espalier" --members "$@" | sed 's|/[^/]*$||' | sort -u | while IFS= read -r directory; do
+  "${program[@]}" --summary "$@" || status=$?
+  "${program[@]}" --members "$@" | sed 's|/[^/]*$||' | sort -u | while IFS= read -r directory; do
     if [ -x "$ESPALIER_VENV/bin/python" ] && [ -e "$directory/summary.json" ]; then
       "$ESPALIER_VENV/bin/python" "$ESPALIER_SOURCE/launch/report.py" "$directory"
     fi

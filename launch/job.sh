@@ -22,7 +22,8 @@ shift 3
 program=("$ESPALIER_BUILD/espalier")
 
 # A container: mpirun stays outside and starts it on every node; its MPI has the version of the one outside, and
-# source, build, data and runs lie under the same paths in it.
+# source, build, data and runs lie under the same paths in it. submit.sh itself starts the program outside, for its
+# look before (--unchecked leaves that out) and for the number of an array's members.
 #   program=(apptainer exec --nv --bind /data "$HOME/espalier.sif" "$ESPALIER_BUILD/espalier")
 
 if [ "$kind" = summary ]; then

@@ -100,19 +100,20 @@ begin() {
 
 # wait_for_less_than NUMBER: until so few are at work; notes how each ended.
 wait_for_less_than() {
-  local process code member
+  local process code number
   while :; do
     for process in "${!at_work[@]}"; do
       if kill -0 "$process" 2>/dev/null; then continue; fi
       code=0
       wait "$process" || code=$?
-      member=$((at_work[$process] + 1))
+      [ -z "$stopping" ] || [ "$code" = 0 ] || code=75  # however far it was when it was told
+      number="${at_work[$process]}"
       unset "at_work[$process]"
       case "$code" in
-        0) say "member $member: done" ;;
-        75) stopping="${stopping:-75}" ;;
+        0) say "member $((number + 1)): done" ;;
+        75) stopping="${stopping:-75}" ;;  # saved
         *)
-          say "member $member: failed with code $code" >&2
+          say "member $((number + 1)) failed with code $code: ${members[$number]}" >&2
           [ "$status" != 0 ] || status="$code"
           ;;
       esac

@@ -97,6 +97,11 @@ def test_with_a_libtorch_of_ones_own_and_an_own_model_no_torch_is_asked_for(tmp_
     ("quickstart.sh", ["--colour"], "none of --model, --text, --ranks"),
     ("make_example.sh", ["--all"], "is not --tests"),
     ("run.sh", ["-n", "2"], "launch/build.sh make it"),
+    ("run.sh", ["--side-by-side", "0"], "no number of members"),
+    ("run.sh", ["--side-by-side", "2", "--hostfile", "hosts"], "share one machine"),
+    ("submit.sh", ["--chain", "2", "--array"], "exclude each other"),
+    ("submit.sh", ["--notice", "2m"], "2m is no number"),
+    ("submit.sh", ["prune=wanda", "--nodes", "2"], "--nodes is of the job"),
     ("setup.sh", ["--everything"], "none of --own-model, --tests, --check")])
 def test_a_wrong_call_ends_in_one_line_before_any_work(tmp_path, name, arguments, message):
     done = script(name, *arguments, ESPALIER_BUILD=tmp_path / "build", ESPALIER_WORK=tmp_path / "work",
@@ -129,3 +134,15 @@ def test_the_quickstarts_last_line_says_what_to_do_after_each_kind_of_failure(tm
     message, last = done.stderr.splitlines()[-2:]  # nothing of mpirun's between them
     assert message == "espalier: its message"
     assert re.fullmatch(f"espalier: the run ended with {advice}", last), last
+
+
+def test_ranks_of_a_host_file_share_a_machines_cores_and_keep_to_the_interface(tmp_path):
+    """A program in espalier's place prints what it was given by the real mpirun."""
+    (tmp_path / "espalier").write_text('#!/bin/sh\necho "$@" $OMPI_MCA_btl_tcp_if_include $OMPI_MCA_oob_tcp_if_include '
+                                       '$NCCL_SOCKET_IFNAME\n')
+    (tmp_path / "espalier").chmod(0o755)
+    (tmp_path / "hosts").write_text("# this machine alone\nlocalhost slots=2\n")
+    done = script("run.sh", "-n", 2, "--hostfile", tmp_path / "hosts", "--interface", "lo", "prune=wanda",
+                  ESPALIER_BUILD=tmp_path)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert done.stdout.splitlines() == [f"cluster.threads_per_rank={threads} prune=wanda lo lo lo"] * 2, done.stderr

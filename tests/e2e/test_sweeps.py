@@ -358,3 +358,61 @@ def test_paths_and_many_words_among_the_overrides_still_name_one_directory_a_mem
              "prune.sparsity=0.3,0.4", "prune.pattern=unstructured")
     members = sorted(SWEEP.glob("*/config.yaml"))
     assert len(members) == 2 and all(len(member.parent.name.encode()) <= 255 for member in members)
+
+
+# ------------------------------------------------------------------------- each member in a start of its own
+def start_members(side_by_side: int, *arguments) -> subprocess.Popen:
+    """launch/run.sh --side-by-side, with all it says in one stream."""
+    command = [program.SOURCE / "launch/run.sh", "--side-by-side", side_by_side, "--threads", 1, *arguments]
+    return subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
+                            env=program.ENVIRONMENT | {"ESPALIER_BUILD": str(program.PROGRAM.parent)})
+
+
+def test_a_member_that_fails_stops_no_other_and_the_same_command_skips_what_is_finished(words):
+    sweep = [*words, "pipeline=[prune,retrain,evaluate]", "-m", "retrain.learning_rate=1e30,1e-3,2e-3"]
+    members = [Path(line) for line in run_well(*sweep, "--members").output.splitlines()]
+    assert len(members) == 3 and not SWEEP.exists()
+    job = start_members(2, *sweep)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 2 and "member 1 failed with code 2" in output, output
+    rows = json.loads((SWEEP / "summary.json").read_text())["configurations"]
+    assert [row["members"] for row in rows] == [[str(member)] for member in members]
+    assert [list(row["tasks"]) for row in rows] == [[], ["text"], ["text"]]
+    assert "retrain.learning_rate" in (SWEEP / "report.html").read_text()
+    expected = results(lone(words, "pipeline=[prune,retrain,evaluate]", "retrain.learning_rate=2e-3"))
+    assert differences(expected, results(members[2])) == []
+    times = [manifest_times(member) for member in members[1:]]
+    job = start_members(1, *sweep)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 2 and str(members[0]) in output.rpartition("not finished")[2], output
+    assert [manifest_times(member) for member in members[1:]] == times
+
+
+def test_members_that_are_told_to_stop_are_saved_and_the_same_command_goes_on_with_them(words):
+    sweep = [*words, "pipeline=[prune,retrain]", "retrain.steps=100", "-m", "run.seed=0,1,2"]
+    members = [Path(line) for line in run_well(*sweep, "--members").output.splitlines()]
+    job = start_members(2, *sweep)
+    deadline = time.monotonic() + 60
+    while not any((member / "02-retrain/state/step.h5").exists() for member in members[:2]):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    job.send_signal(signal.SIGUSR1)
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 75 and not members[2].exists() and not (SWEEP / "summary.json").exists(), output
+    job = start_members(2, *sweep)
+    output = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, output
+    for member in members:
+        assert [step for step, *_ in losses(member)] == list(range(1, 101))
+
+
+def test_one_member_is_named_by_its_number_from_one_on(words):
+    sweep = [*words, "pipeline=[prune]", "-m", "run.seed=0,1"]
+    run_well(*sweep, "--member", 2)
+    assert [path.name for path in SWEEP.iterdir()] == ["pipeline=[prune],run.seed=1"]
+    for number, message in ((3, "members 1 to 2"), (0, "is no number of a member")):
+        ended = program.run(*sweep, "--member", number)
+        assert ended.code == 2 and message in ended.messages[0], ended
+    ended = program.run(*words, "--summary")
+    assert ended.code == 2 and "give -m" in ended.messages[0], ended
