@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -36,9 +37,16 @@ std::filesystem::path directory_of(const std::filesystem::path& file) {
   return file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
 }
 
+/// How often a directory or a file in it is made anew when what is above it goes meanwhile: another
+/// start takes back what it made to see whether it can.
+constexpr int kTries = 100;
+
 void make_directory(const std::filesystem::path& directory) {
   std::error_code error;
-  std::filesystem::create_directories(directory, error);
+  for (int tries = 0; tries < kTries; ++tries) {
+    std::filesystem::create_directories(directory, error);
+    if (error != std::errc::no_such_file_or_directory && error != std::errc::file_exists) break;
+  }
   if (error) throw_environment_error(directory, "the directory cannot be created", error.value());
 }
 
@@ -115,11 +123,15 @@ void throw_environment_error(const std::filesystem::path& file, const std::strin
 
 AtomicFile::AtomicFile(std::filesystem::path target) : target_(std::move(target)) {
   const std::filesystem::path directory = directory_of(target_);
-  make_directory(directory);
   // File names end at 255 bytes: a long one is clipped to leave room for the mark.
   const std::string clipped = target_.filename().string().substr(0, 200);
-  std::string name = (directory / fmt::format(".{}{}{}", clipped, kMark, kPlaceholder)).string();
-  descriptor_ = ::mkostemp(name.data(), O_CLOEXEC);
+  std::string name;
+  for (int tries = 0; tries < kTries; ++tries) {
+    make_directory(directory);
+    name = (directory / fmt::format(".{}{}{}", clipped, kMark, kPlaceholder)).string();
+    descriptor_ = ::mkostemp(name.data(), O_CLOEXEC);
+    if (descriptor_ >= 0 || errno != ENOENT) break;
+  }
   if (descriptor_ < 0) throw_environment_error(target_, "cannot be created", errno);
   temporary_ = name;
   set_ordinary_permissions(descriptor_);

@@ -7,6 +7,8 @@
 
 #include <csignal>
 #include <fstream>
+#include <string>
+#include <thread>
 
 #include "pipeline/io/checksum.h"
 #include "pipeline/io/hdf5.h"
@@ -121,6 +123,19 @@ TEST(RequireSpace, LeavesNoDirectoryThatWasNotThere) {
   EXPECT_FALSE(fs::exists(directory / "other"));
   EXPECT_THROW(require_space(directory / "other", int64_t{1} << 60), EnvironmentError);
   EXPECT_FALSE(fs::exists(directory / "other"));
+}
+
+TEST(RequireSpace, StartsBelowOneNewDirectoryDoNotTakeItFromEachOther) {
+  const TemporaryDirectory directory;
+  const auto start_often = [&](const std::string& name) {
+    for (int i = 0; i < 500; ++i)
+      EXPECT_NO_THROW(require_space(directory / ("sweep/" + name), 1)) << name;
+  };
+  {
+    const std::jthread other(start_often, "one");
+    start_often("other");
+  }
+  EXPECT_FALSE(fs::exists(directory / "sweep/one"));
 }
 
 TEST(RemoveLeftovers, RemovesTemporaryFilesOnly) {
