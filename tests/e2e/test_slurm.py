@@ -94,18 +94,18 @@ KillWait=2
                                                    stderr=log))
 
     def stop(self) -> None:
-        if len(self.processes) > 1:  # the controller is there
-            self.ask("scancel", "--user", getpass.getuser())
-            deadline = time.monotonic() + 20
-            while self.ask("squeue", "--noheader").strip() and time.monotonic() < deadline:
-                time.sleep(0.5)
-        for process in reversed(self.processes):
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        try:
+            if len(self.processes) > 1 and self.processes[1].poll() is None:  # slurmctld
+                self.ask("scancel", "--user", getpass.getuser())
+                self.wait_until(lambda: not self.ask("squeue", "--noheader").strip(), "jobs are still there")
+        finally:
+            for process in reversed(self.processes):
+                process.terminate()
+                try:
+                    process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
     def ask(self, *command: str) -> str:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60).stdout
@@ -141,7 +141,7 @@ KillWait=2
 def slurm(tmp_path_factory):
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name, path=PATH) is None]
     if missing:
-        pytest.skip(f"skipped: no {', '.join(missing)} here; launch/setup.sh --tests installs slurm-wlm and munge where it may")
+        pytest.skip(f"skipped: no {', '.join(missing)} here; launch/setup.sh --tests installs slurm-wlm and munge")
     slurm = Slurm(tmp_path_factory.mktemp("slurm"))
     try:
         slurm.start()
