@@ -90,25 +90,22 @@ void write_derived(const std::filesystem::path& directory, const io::Checkpoint&
   group.barrier();
 }
 
-std::vector<std::string> write_dense(const io::Checkpoint& model,
-                                     const std::filesystem::path& directory, at::ScalarType dtype,
-                                     const comm::Communicator& group,
-                                     const std::function<void(int64_t done)>& advance,
-                                     int64_t shard_bytes) {
-  const io::DenseExport dense(model, directory, dtype, shard_bytes);
-  if (group.is_root()) dense.begin();
+std::vector<std::string> write_export(const io::ModelExport& model, const comm::Communicator& group,
+                                      const std::function<void(int64_t done)>& advance) {
+  if (group.is_root()) model.begin();
   group.barrier();
+  const fs::path& directory = model.directory();
   const fs::path config = directory / io::kConfigFile;
   group.require_same(directory.string() + " (it must lie on a file system that all ranks share)",
                      fs::exists(config) ? io::file_checksum(config) : "absent");
-  for (int64_t first = 0; first < dense.shards(); first += group.size()) {
-    if (first + group.rank() < dense.shards()) dense.write_shard(first + group.rank());
+  for (int64_t first = 0; first < model.shards(); first += group.size()) {
+    if (first + group.rank() < model.shards()) model.write_shard(first + group.rank());
     group.barrier();
-    if (advance) advance(std::min(first + group.size(), dense.shards()));
+    if (advance) advance(std::min(first + group.size(), model.shards()));
   }
-  if (group.is_root()) dense.finish();
+  if (group.is_root()) model.finish();
   group.barrier();
-  return dense.files();
+  return model.files();
 }
 
 }  // namespace espalier::driver

@@ -39,12 +39,10 @@ std::string tensors_checksum(const io::Checkpoint& model, const comm::Communicat
 void write_derived(const std::filesystem::path& directory, const io::Checkpoint& base,
                    const comm::Communicator& group);
 
-/// io::write_dense, each shard by one rank. `advance` hears, after every round, how many shards are
-/// written. Throws UserError when the ranks do not share the directory.
-std::vector<std::string> write_dense(const io::Checkpoint& model,
-                                     const std::filesystem::path& directory, at::ScalarType dtype,
-                                     const comm::Communicator& group,
-                                     const std::function<void(int64_t done)>& advance,
-                                     int64_t shard_bytes = io::kShardBytes);
+/// The export whole, each shard by one rank. `advance` hears, after every round, how many shards
+/// are written. Returns the names of the files. Throws UserError when the ranks do not share the
+/// directory.
+std::vector<std::string> write_export(const io::ModelExport& model, const comm::Communicator& group,
+                                      const std::function<void(int64_t done)>& advance);
 
 }  // namespace espalier::driver

@@ -50,7 +50,7 @@ json describe_model(const fs::path& path) {
   c10::InferenceMode guard;
   const io::Checkpoint checkpoint = io::Checkpoint::open(path);
   json tensors = json::array();
-  int64_t parameters = 0, nonzeros = 0;
+  int64_t parameters = 0, nonzeros = 0, stored_bytes = 0;
   for (const std::string& name : checkpoint.names()) {
     const at::Tensor tensor = checkpoint.view(name);
     const int64_t there = at::count_nonzero(tensor).item<int64_t>();
@@ -62,6 +62,12 @@ json describe_model(const fs::path& path) {
                 {"nonzeros", there},
                 {"sparsity", 1 - static_cast<double>(there) / elements},
                 {"pattern", pattern_of(tensor, there)}};
+    const io::Packing* packing = checkpoint.packing(name);
+    if (packing != nullptr) {
+      row["packing"] = packing->name();
+      row["stored_bytes"] = packing->bytes();
+    }
+    stored_bytes += packing != nullptr ? packing->bytes() : checkpoint.info(name).bytes();
     checkpoint.drop(name);
     parameters += tensor.numel();
     nonzeros += there;
@@ -72,6 +78,7 @@ json describe_model(const fs::path& path) {
                      {"nonzeros", nonzeros},
                      {"sparsity", parameters ? 1 - double(nonzeros) / double(parameters) : 0.0},
                      {"bytes", checkpoint.bytes()}};
+  if (stored_bytes != checkpoint.bytes()) inspection["stored_bytes"] = stored_bytes;
   if (const auto architecture = model::supported_architecture(checkpoint)) {
     inspection["architecture"] = checkpoint.config().value("model_type", "");
     inspection["blocks"] = architecture->blocks;

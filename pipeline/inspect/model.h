@@ -7,10 +7,11 @@
 
 namespace espalier::inspect {
 
-/// {"kind": "model", "parameters", "nonzeros", "sparsity", "bytes", "architecture", "blocks",
-/// "heads_removed", "stands_on", "matrices_with_terms", "made_by", "tensors": [{"name", "shape",
-/// "dtype", "bytes", "nonzeros", "sparsity", "pattern"}]}; keys of the model without content are
-/// left out. One read of all tensors.
+/// {"kind": "model", "parameters", "nonzeros", "sparsity", "bytes", "stored_bytes", "architecture",
+/// "blocks", "heads_removed", "stands_on", "matrices_with_terms", "made_by", "tensors": [{"name",
+/// "shape", "dtype", "bytes", "nonzeros", "sparsity", "pattern", "packing", "stored_bytes"}]};
+/// keys of the model without content are left out, "packing" and "stored_bytes" where nothing is
+/// packed. One read of all tensors.
 Facts describe_model(const std::filesystem::path& path);
 
 }  // namespace espalier::inspect

@@ -12,6 +12,7 @@
 #include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/checksum.h"
 #include "pipeline/io/json.h"
+#include "pipeline/io/packed_header.h"
 
 namespace espalier::io {
 namespace {
@@ -26,16 +27,52 @@ struct Place {
   SafetensorsFile file;
   const TensorInfo* info;
   std::string inner;
+  std::shared_ptr<const Packing> packing;  // null when it is stored as it is
 
-  at::Tensor view() const { return file.view(inner); }
-  void drop() const { file.drop(inner); }
+  at::Tensor view() const {
+    return packing ? unpack(*packing, parts(), where()) : file.view(inner);
+  }
+  void drop() const {
+    if (packing == nullptr) return file.drop(inner);
+    file.drop(inner + kValuesSuffix);
+    file.drop(inner + packing->places_suffix());
+  }
+  /// Bytes [begin, begin + count) of the tensor.
+  std::string bytes(int64_t begin, int64_t count) const {
+    if (packing) return unpack_bytes(*packing, parts(), begin, count, where());
+    const at::Tensor whole = file.view(inner);
+    const auto* data = static_cast<const char*>(whole.const_data_ptr());
+    return std::string(data + begin, static_cast<size_t>(count));
+  }
+
+ private:
+  PackedTensor parts() const {
+    return {file.view(inner + kValuesSuffix), file.view(inner + packing->places_suffix())};
+  }
+  std::string where() const {
+    return fmt::format("{}: tensor \"{}\", which is packed", file.path().string(), inner);
+  }
 };
 
 using Places = std::map<std::string, Place>;
 
+/// The tensors of a file; what is packed there stands for its parts.
+Places places_of(const SafetensorsFile& file) {
+  Places places;
+  for (const auto& [name, info] : file.tensors())
+    places.emplace(name, Place{file, &info, name, nullptr});
+  for (const auto& [name, packing] : packed_tensors(file)) {
+    places.erase(name + kValuesSuffix);
+    places.erase(name + packing.places_suffix());
+    const auto kept = std::make_shared<const Packing>(packing);
+    places.emplace(name, Place{file, &kept->dense, name, kept});
+  }
+  return places;
+}
+
 void add_file(Places& places, const SafetensorsFile& file) {
-  for (const auto& [name, info] : file.tensors()) {
-    const auto [place, added] = places.try_emplace(name, Place{file, &info, name});
+  for (const auto& [name, of_file] : places_of(file)) {
+    const auto [place, added] = places.try_emplace(name, of_file);
     if (!added) {
       throw UserError(
           fmt::format("{}: tensor \"{}\" stands in {} too; one of the files is left over "
@@ -65,7 +102,7 @@ Places open_index(const fs::path& index) {
   if (map == content.end() || !map->is_object()) {
     throw UserError(fmt::format("{}: has no object \"weight_map\"", index.string()));
   }
-  std::map<std::string, SafetensorsFile> shards;
+  std::map<std::string, Places> shards;
   Places places;
   for (const auto& [tensor, value] : map->items()) {
     const std::string name = checked_shard_name(value, tensor, index);
@@ -78,14 +115,14 @@ Places open_index(const fs::path& index) {
                         "the checkpoint is incomplete, copy it again",
                         index.string(), tensor, path.string()));
       }
-      shard = shards.emplace(name, SafetensorsFile(path)).first;
+      shard = shards.emplace(name, places_of(SafetensorsFile(path))).first;
     }
-    const auto found = shard->second.tensors().find(tensor);
-    if (found == shard->second.tensors().end()) {
+    const auto found = shard->second.find(tensor);
+    if (found == shard->second.end()) {
       throw UserError(fmt::format("{}: tensor \"{}\" is said to be in {}, which does not hold it",
                                   index.string(), tensor, name));
     }
-    places.emplace(tensor, Place{shard->second, &found->second, tensor});
+    places.emplace(tensor, found->second);
   }
   return places;
 }
@@ -224,8 +261,7 @@ class ChecksumCache {
 
  private:
   static std::string key_of(const Place& place) {
-    // An empty tensor begins where the next one does.
-    return fmt::format("{}@{}-{}", place.file.identity(), place.info->begin, place.info->end);
+    return fmt::format("{}@{}", place.file.identity(), place.inner);
   }
 
   std::mutex mutex_;
@@ -240,14 +276,11 @@ ChecksumCache& checksum_cache() {
 /// First, middle and last bytes of a tensor.
 std::string samples(const Place& place) {
   constexpr int64_t kSample = 256;
-  const at::Tensor view = place.view();
-  const auto* data = static_cast<const char*>(view.const_data_ptr());
   const int64_t bytes = place.info->bytes();
   const int64_t count = std::min(kSample, bytes);
   std::string text;
-  for (const int64_t begin : {int64_t{0}, (bytes - count) / 2, bytes - count}) {
-    text.append(data + begin, static_cast<size_t>(count));
-  }
+  for (const int64_t begin : {int64_t{0}, (bytes - count) / 2, bytes - count})
+    text += place.bytes(begin, count);
   place.drop();
   return checksum(text);
 }
@@ -390,6 +423,10 @@ const TensorInfo& Checkpoint::info(const std::string& name) const {
 at::Tensor Checkpoint::view(const std::string& name) const { return state_->place(name).view(); }
 
 void Checkpoint::drop(const std::string& name) const { state_->place(name).drop(); }
+
+const Packing* Checkpoint::packing(const std::string& name) const {
+  return state_->place(name).packing.get();
+}
 
 std::string Checkpoint::tensors_checksum() const {
   std::string list;

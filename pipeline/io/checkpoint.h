@@ -7,6 +7,9 @@
 /// directory of parts (model_index.json, or no weights of its own): the tensors of unet/,
 /// text_encoder/ ... are "unet/NAME".
 ///
+/// A tensor that a file holds packed (packed_tensor.h) is here the dense one: info, view, bytes and
+/// checksums are those of the same model written dense.
+///
 /// A derived directory holds `derived.json` ({"base": DIR, "base_checksum": ...,
 /// "base_fingerprint":
 /// ...}) and any number of safetensors files; a tensor found in the directory hides the base's.
@@ -24,6 +27,7 @@
 #include <string>
 #include <vector>
 
+#include "pipeline/io/packed_tensor.h"
 #include "pipeline/io/safetensors.h"
 
 namespace espalier::io {
@@ -48,8 +52,14 @@ class Checkpoint {
   std::vector<std::string> names() const;  ///< sorted
   bool has(const std::string& name) const;
   const TensorInfo& info(const std::string& name) const;
+  /// Mapped pages. A packed tensor is unpacked by every call, into memory of its own that goes with
+  /// the last reference: nothing is cached. Throws UserError naming file and tensor when what is
+  /// packed there is damaged.
   at::Tensor view(const std::string& name) const;
+  /// Gives the mapped pages back, of a packed tensor those of its parts.
   void drop(const std::string& name) const;
+  /// How the tensor is packed; null when it is stored as it is.
+  const Packing* packing(const std::string& name) const;
   /// Of all tensors' bytes, by sorted name (dtype, shape, data): equal for a derived model and its
   /// dense export. Cached in the process by tensor; costs one read of the model the first time.
   std::string tensors_checksum() const;
@@ -58,7 +68,8 @@ class Checkpoint {
   /// Another process has computed it: this one does not read the tensor for tensors_checksum().
   void learn_tensor_checksum(const std::string& name, const std::string& checksum) const;
   /// Of all tensors' names, dtypes, shapes and a few of their bytes (first, middle, last): costs
-  /// some pages a tensor. Tells another model and a replaced one, not a single altered value.
+  /// some pages a tensor, and all bits of bitmasks. Tells another model and a replaced one, not a
+  /// single altered value.
   std::string fingerprint() const;
   /// For a derived model: throws UserError when the base's tensors_checksum is not the one it was
   /// derived from. Costs one read of the base.
@@ -79,7 +90,7 @@ void write_derived(const std::filesystem::path& directory, const Checkpoint& bas
 void rebase_derived(const std::filesystem::path& directory, const std::filesystem::path& base);
 
 /// Throws UserError naming directory and file when writing the model whole into `directory` would
-/// touch a model that is no DenseExport's: weights without the mark in their metadata, a derived
+/// touch a model that is no ModelExport's: weights without the mark in their metadata, a derived
 /// model. Reads the headers there.
 void require_overwritable(const Checkpoint& model, const std::filesystem::path& directory);
 
@@ -92,11 +103,18 @@ constexpr int64_t kShardBytes = int64_t{5} << 30;
 /// each file of weights say {"written_by": "espalier"}. Atomic by file; streams a tensor at a time.
 /// In parts, so that several processes can share the shards: begin() by one of them, then every
 /// shard by any, then finish() by one.
-class DenseExport {
+///
+/// Packed, a shard holds the tensors that it would hold dense and reads each twice: its size is
+/// known only then. The files are named packed_model.safetensors, packed_model-00001-of-... and so
+/// on, so that a program which does not know the layout finds no weights rather than wrong ones;
+/// the index speaks of the dense tensors, not of their parts.
+class ModelExport {
  public:
   /// Throws UserError when `directory` is one that the model itself stands on.
-  DenseExport(const Checkpoint& model, const std::filesystem::path& directory, at::ScalarType dtype,
-              int64_t shard_bytes = kShardBytes);
+  ModelExport(const Checkpoint& model, const std::filesystem::path& directory, at::ScalarType dtype,
+              int64_t shard_bytes = kShardBytes, PackFormat format = PackFormat::dense);
+
+  const std::filesystem::path& directory() const;
 
   /// Removes what an earlier export left and this one does not replace, then writes all that is no
   /// weight. Until finish() a directory of several shards is no complete model.
@@ -112,7 +130,7 @@ class DenseExport {
   std::shared_ptr<const Plan> plan_;
 };
 
-/// All of a DenseExport by this process. Returns the names of the files.
+/// All of a dense ModelExport by this process. Returns the names of the files.
 std::vector<std::string> write_dense(const Checkpoint& model,
                                      const std::filesystem::path& directory, at::ScalarType dtype,
                                      int64_t shard_bytes = kShardBytes);

@@ -70,7 +70,8 @@ std::vector<std::string> subdirectories(const std::filesystem::path& directory) 
 }
 
 bool is_weights_name(const std::string& name) {
-  static const std::regex pattern("(diffusion_pytorch_)?model(-[0-9]+-of-[0-9]+)?\\.safetensors");
+  static const std::regex pattern(
+      "(packed_)?(diffusion_pytorch_)?model(-[0-9]+-of-[0-9]+)?\\.safetensors");
   return std::regex_match(name, pattern);
 }
 

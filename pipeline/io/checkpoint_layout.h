@@ -15,8 +15,10 @@ inline constexpr const char* kIndexFile = "model.safetensors.index.json";
 inline constexpr size_t kMaxConfigBytes = size_t{16} << 20;
 inline constexpr size_t kMaxIndexBytes = size_t{100} << 20;
 
-/// What names the weights: transformers', and what the diffusers library writes.
-inline constexpr const char* kStems[] = {"model", "diffusion_pytorch_model"};
+/// What names the weights: transformers', what the diffusers library writes, and both packed.
+inline constexpr const char* kPackedPrefix = "packed_";
+inline constexpr const char* kStems[] = {"model", "diffusion_pytorch_model", "packed_model",
+                                         "packed_diffusion_pytorch_model"};
 
 /// The shard `index` (from 0) of `count`: model.safetensors, or model-00001-of-00003.safetensors.
 std::string shard_name(size_t index, size_t count, const std::string& stem = kStems[0]);

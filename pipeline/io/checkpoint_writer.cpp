@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -10,6 +11,7 @@
 #include "pipeline/io/checkpoint.h"
 #include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/json.h"
+#include "pipeline/io/packed_header.h"
 
 namespace espalier::io {
 namespace {
@@ -39,6 +41,13 @@ struct Part {
   std::string file(size_t shard) const { return shard_name(shard, shards.size(), stem); }
   std::string index() const { return stem + ".safetensors.index.json"; }
 };
+
+/// The stem of the files, whatever the model's own are.
+std::string stem_for(std::string stem, PackFormat format) {
+  const std::string prefix = kPackedPrefix;
+  if (stem.starts_with(prefix)) stem.erase(0, prefix.size());
+  return format == PackFormat::dense ? stem : prefix + stem;
+}
 
 /// Tensors by name into shards, each full before the next; a tensor above the limit stands alone.
 std::vector<Shard> plan_shards(const Checkpoint& model, const std::string& prefix,
@@ -116,11 +125,44 @@ void remove_stale(const fs::path& directory, const std::set<std::string>& writte
   }
 }
 
+/// How the tensor is packed, when it is; not where its parts would take the names of others.
+std::optional<Packing> packing_of(const Checkpoint& model, const std::string& name,
+                                  at::ScalarType dtype, PackFormat format) {
+  if (format == PackFormat::dense) return std::nullopt;
+  const auto packing = packing_for(model.view(name).to(dtype), format);
+  model.drop(name);
+  if (packing && (model.has(name + kValuesSuffix) || model.has(name + packing->places_suffix())))
+    return std::nullopt;
+  return packing;
+}
+
 void write_one_shard(const Checkpoint& model, const std::string& prefix, const fs::path& file,
-                     const Shard& shard) {
-  SafetensorsWriter writer(file, shard.tensors, {{"format", "pt"}, kMark});
+                     const Shard& shard, PackFormat format) {
+  std::map<std::string, Packing> packed;
+  std::vector<TensorPlan> plan;
   for (const TensorPlan& tensor : shard.tensors) {
-    writer.append(model.view(prefix + tensor.name).to(tensor.dtype));
+    const auto packing = packing_of(model, prefix + tensor.name, tensor.dtype, format);
+    if (!packing) {
+      plan.push_back(tensor);
+      continue;
+    }
+    plan.push_back({tensor.name + kValuesSuffix, tensor.dtype, {packing->values}});
+    plan.push_back({tensor.name + packing->places_suffix(), at::kByte, {packing->places_bytes()}});
+    packed.emplace(tensor.name, *packing);
+  }
+  std::map<std::string, std::string> metadata{{"format", "pt"}, kMark};
+  if (!packed.empty()) metadata[kPackedKey] = packed_metadata(packed);
+  SafetensorsWriter writer(file, std::move(plan), metadata);
+  for (const TensorPlan& tensor : shard.tensors) {
+    const at::Tensor dense = model.view(prefix + tensor.name).to(tensor.dtype);
+    const auto packing = packed.find(tensor.name);
+    if (packing == packed.end()) {
+      writer.append(dense);
+    } else {
+      const PackedTensor parts = pack(dense, packing->second);
+      writer.append(parts.values);
+      writer.append(parts.places);
+    }
     model.drop(prefix + tensor.name);
   }
   writer.commit();
@@ -210,10 +252,11 @@ void require_overwritable(const Checkpoint& model, const std::filesystem::path& 
                       target.string(), name));
 }
 
-struct DenseExport::Plan {
+struct ModelExport::Plan {
   Checkpoint model;
   fs::path directory;
   at::ScalarType dtype;
+  PackFormat format;
   std::vector<Part> parts;
 
   bool has_config() const {
@@ -225,18 +268,22 @@ struct DenseExport::Plan {
   }
 };
 
-DenseExport::DenseExport(const Checkpoint& model, const std::filesystem::path& directory,
-                         at::ScalarType dtype, int64_t shard_bytes) {
+ModelExport::ModelExport(const Checkpoint& model, const std::filesystem::path& directory,
+                         at::ScalarType dtype, int64_t shard_bytes, PackFormat format) {
   refuse_overwriting_sources(model, directory);
   std::vector<Part> parts;
-  if (model.parts().empty())
-    parts.push_back({"", kStems[0], plan_shards(model, "", dtype, shard_bytes)});
-  for (const auto& [folder, stem] : model.parts())
-    parts.push_back({folder + "/", stem, plan_shards(model, folder + "/", dtype, shard_bytes)});
-  plan_ = std::make_shared<const Plan>(Plan{model, directory, dtype, std::move(parts)});
+  const auto add = [&](const std::string& prefix, const std::string& stem) {
+    parts.push_back(
+        {prefix, stem_for(stem, format), plan_shards(model, prefix, dtype, shard_bytes)});
+  };
+  if (model.parts().empty()) add("", kStems[0]);
+  for (const auto& [folder, stem] : model.parts()) add(folder + "/", stem);
+  plan_ = std::make_shared<const Plan>(Plan{model, directory, dtype, format, std::move(parts)});
 }
 
-void DenseExport::begin() const {
+const std::filesystem::path& ModelExport::directory() const { return plan_->directory; }
+
+void ModelExport::begin() const {
   const fs::path& directory = plan_->directory;
   int64_t total = 0;
   for (const Part& part : plan_->parts)
@@ -255,29 +302,30 @@ void DenseExport::begin() const {
   if (plan_->has_config()) write_config(plan_->model, directory, plan_->dtype);
 }
 
-int64_t DenseExport::shards() const {
+int64_t ModelExport::shards() const {
   int64_t shards = 0;
   for (const Part& part : plan_->parts) shards += static_cast<int64_t>(part.shards.size());
   return shards;
 }
 
-void DenseExport::write_shard(int64_t shard) const {
+void ModelExport::write_shard(int64_t shard) const {
   for (const Part& part : plan_->parts) {
     const auto of_part = static_cast<int64_t>(part.shards.size());
     if (shard < of_part)
       return write_one_shard(plan_->model, part.prefix,
-                             plan_->directory / part.prefix / part.file(shard), part.shards[shard]);
+                             plan_->directory / part.prefix / part.file(shard), part.shards[shard],
+                             plan_->format);
     shard -= of_part;
   }
   throw DefectError("an export has fewer shards than were asked for");
 }
 
-void DenseExport::finish() const {
+void ModelExport::finish() const {
   for (const Part& part : plan_->parts)
     if (part.shards.size() > 1) write_index(plan_->directory / part.prefix, part);
 }
 
-std::vector<std::string> DenseExport::files() const {
+std::vector<std::string> ModelExport::files() const {
   std::vector<std::string> names = plan_->companions();
   if (plan_->has_config()) names.push_back(kConfigFile);
   for (const Part& part : plan_->parts) {
@@ -291,7 +339,7 @@ std::vector<std::string> DenseExport::files() const {
 std::vector<std::string> write_dense(const Checkpoint& model,
                                      const std::filesystem::path& directory, at::ScalarType dtype,
                                      int64_t shard_bytes) {
-  const DenseExport dense(model, directory, dtype, shard_bytes);
+  const ModelExport dense(model, directory, dtype, shard_bytes);
   dense.begin();
   for (int64_t shard = 0; shard < dense.shards(); ++shard) dense.write_shard(shard);
   dense.finish();

@@ -137,21 +137,20 @@ std::vector<WholeTensor> added_rows(const io::Checkpoint& base, const io::Checkp
 
 std::vector<TiedTensor> tied_tensors(const io::Checkpoint& base, const io::Checkpoint& fine_tuned) {
   std::vector<TiedTensor> tied;
-  std::vector<std::string> seen;
+  std::vector<std::pair<std::string, Tensor>> seen;  // and a glance at it
   for (const std::string& name : fine_tuned.names()) {
     if (!is_matrix(fine_tuned.info(name))) continue;
     const Tensor view = fine_tuned.view(name);
-    const auto equal = std::find_if(seen.begin(), seen.end(), [&](const std::string& other) {
-      return fine_tuned.info(other).dtype == view.scalar_type() &&
-             fine_tuned.info(other).shape == fine_tuned.info(name).shape &&
-             at::equal(fine_tuned.view(other).reshape({-1}).slice(0, 0, kGlance),
-                       view.reshape({-1}).slice(0, 0, kGlance)) &&
-             at::equal(fine_tuned.view(other), view);
+    const Tensor glance = view.reshape({-1}).slice(0, 0, kGlance).clone();
+    const auto equal = std::find_if(seen.begin(), seen.end(), [&](const auto& other) {
+      return fine_tuned.info(other.first).dtype == view.scalar_type() &&
+             fine_tuned.info(other.first).shape == fine_tuned.info(name).shape &&
+             at::equal(other.second, glance) && at::equal(fine_tuned.view(other.first), view);
     });
     if (equal == seen.end())
-      seen.push_back(name);
+      seen.emplace_back(name, glance);
     else if (changed(base, fine_tuned, name))
-      tied.push_back({name, *equal});
+      tied.push_back({name, equal->first});
   }
   return tied;
 }
