@@ -146,28 +146,36 @@ Packing with_pattern(Packing packing, int64_t keep, int64_t group, size_t axis) 
   return packing;
 }
 
-/// The most values of a group; looks no further once that is above `most`.
-int64_t fullest_group(const uint8_t* bits, int64_t elements, int64_t group, int64_t most) {
-  int64_t fullest = 0;
-  for (int64_t first = 0; first < elements && fullest <= most; first += group)
-    fullest = std::max<int64_t>(fullest, std::popcount(bits_at(bits, first, group)));
+struct Fullest {
+  int64_t values = 0;  ///< of the groups with the most values
+  int64_t groups = 0;  ///< so many have as many
+};
+
+/// Looks no further once a group has more than `most` values.
+Fullest fullest_groups(const uint8_t* bits, int64_t elements, int64_t group, int64_t most) {
+  Fullest fullest;
+  for (int64_t first = 0; first < elements && fullest.values <= most; first += group) {
+    const int64_t values = std::popcount(bits_at(bits, first, group));
+    if (values > fullest.values) fullest = {values, 0};
+    if (values == fullest.values) ++fullest.groups;
+  }
   return fullest;
 }
 
-/// The smallest N:M of at most `limit` bytes that a matrix with a value has along `axis`; `bits`
-/// are those of the matrix with that dimension last.
+/// The smallest N:M of at most `limit` bytes that a matrix has along `axis`; `bits` are those of
+/// the matrix with that dimension last.
 std::optional<Packing> smallest_pattern(const Packing& bitmask, const at::Tensor& bits, size_t axis,
                                         int64_t limit) {
+  const int64_t elements = bitmask.dense.elements();
   std::optional<Packing> best;
   for (int64_t group = 2; group <= kLargestGroup; ++group) {
     if (bitmask.dense.shape[axis] % group != 0) continue;
     int64_t most = 0;
     while (most + 1 < group && with_pattern(bitmask, most + 1, group, axis).bytes() <= limit)
       ++most;
-    const int64_t keep =
-        fullest_group(bits.const_data_ptr<uint8_t>(), bitmask.dense.elements(), group, most);
-    if (keep > most) continue;
-    best = with_pattern(bitmask, keep, group, axis);
+    const Fullest fullest = fullest_groups(bits.const_data_ptr<uint8_t>(), elements, group, most);
+    if (fullest.values > most || fullest.groups < elements / group - fullest.groups) continue;
+    best = with_pattern(bitmask, fullest.values, group, axis);
     limit = best->bytes() - 1;
   }
   return best;
@@ -275,10 +283,9 @@ std::optional<Packing> packing_for(const at::Tensor& tensor, PackFormat format) 
                         ones(bits.const_data_ptr<uint8_t>(), words_of(tensor.numel()))};
   if (bitmask.bytes() >= bytes) return std::nullopt;  // then every pattern takes more, too
   if (format == PackFormat::nm && tensor.dim() == 2 && bitmask.values > 0) {
-    const int64_t limit = std::min(bytes, bitmask.bytes() * 3 / 2) - 1;
-    if (const auto along_rows = smallest_pattern(bitmask, bits, 1, limit)) return along_rows;
+    if (const auto along_rows = smallest_pattern(bitmask, bits, 1, bytes - 1)) return along_rows;
     if (const auto along_columns =
-            smallest_pattern(bitmask, value_bits(tensor.t().contiguous()), 0, limit))
+            smallest_pattern(bitmask, value_bits(tensor.t().contiguous()), 0, bytes - 1))
       return along_columns;
   }
   return bitmask;

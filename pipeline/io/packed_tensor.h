@@ -54,8 +54,9 @@ struct PackedTensor {
 
 /// The packing of a tensor, or nothing when it takes no fewer bytes than the tensor or has fewer
 /// than two dimensions. With nm, of all N:M, M <= 32, that a matrix has along its rows (else its
-/// columns) the smallest; none that takes half as much again as the bitmask: such a pattern is
-/// chance. One pass over the tensor, and one over its bits for each pattern that holds.
+/// columns) the smallest. It has a pattern when no group has more than N values and half of the
+/// groups have N: what fewer fill is chance, and smaller as a bitmask. One pass over the tensor,
+/// and one over its bits for each pattern that holds.
 std::optional<Packing> packing_for(const at::Tensor& tensor, PackFormat format);
 
 /// Throws DefectError unless `packing` is one of this contiguous CPU tensor.

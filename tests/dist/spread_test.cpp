@@ -28,6 +28,8 @@ class SpreadWork : public testing::Test {
       for (int64_t i = 0; i < 7; ++i)
         tensors.emplace_back("t" + std::to_string(i),
                              at::arange(10 + 90 * (i % 3), at::kFloat).add_(double(i)));
+      tensors.emplace_back(
+          "sparse", at::arange(160, at::kFloat).remainder(4).eq(3).to(at::kFloat).reshape({8, 20}));
       io::write_safetensors(directory_ / "model/model.safetensors", tensors);
       io::write_file(directory_ / "model/config.json", "{\"model_type\": \"none\"}\n");
       io::write_file(directory_ / "model/tokenizer.json", "words");
@@ -86,22 +88,29 @@ TEST_F(SpreadWork, AModelHasTheChecksumOfOneProcess) {
 
 TEST_F(SpreadWork, AnExportOfManyShardsIsTheFilesOfOneProcess) {
   const io::Checkpoint checkpoint = io::Checkpoint::open(model());
-  std::vector<int64_t> told;
-  const auto names = write_dense(
-      checkpoint, directory_ / "together", at::kBFloat16, world_,
-      [&](int64_t done) { told.push_back(done); }, /*shard_bytes=*/400);
-  std::vector<std::string> alone;
-  if (world_.is_root())
-    alone = io::write_dense(checkpoint, directory_ / "alone", at::kBFloat16, 400);
-  world_.barrier();
-  expect_equal(list_outputs(directory_ / "together", world_),
-               list_outputs(directory_ / "alone", world_));
-  EXPECT_GT(names.size(), 5u);  // config, tokenizer, index and shards
-  EXPECT_EQ(told.back(), static_cast<int64_t>(names.size()) - 3);
-  if (world_.is_root()) {
-    EXPECT_EQ(names, alone);
+  for (const auto format : {io::PackFormat::dense, io::PackFormat::bitmask, io::PackFormat::nm}) {
+    const auto target = [&](const std::string& name) {
+      return directory_ / (name + std::to_string(static_cast<int>(format)));
+    };
+    std::vector<int64_t> told;
+    const io::ModelExport together(checkpoint, target("together"), at::kBFloat16,
+                                   /*shard_bytes=*/400, format);
+    const auto names = write_export(together, world_, [&](int64_t done) { told.push_back(done); });
+    if (world_.is_root()) {
+      const io::ModelExport alone(checkpoint, target("alone"), at::kBFloat16, 400, format);
+      alone.begin();
+      for (int64_t shard = 0; shard < alone.shards(); ++shard) alone.write_shard(shard);
+      alone.finish();
+      EXPECT_EQ(names, alone.files());
+    }
+    world_.barrier();
+    expect_equal(list_outputs(target("together"), world_), list_outputs(target("alone"), world_));
+    EXPECT_GT(names.size(), 5u);  // config, tokenizer, index and shards
+    EXPECT_EQ(told.back(), static_cast<int64_t>(names.size()) - 3);
+    const io::Checkpoint written = io::Checkpoint::open(target("together"));
+    EXPECT_EQ(written.names(), checkpoint.names());
+    EXPECT_EQ(written.packing("sparse") != nullptr, format != io::PackFormat::dense);
   }
-  EXPECT_EQ(io::Checkpoint::open(directory_ / "together").names(), checkpoint.names());
 }
 
 }  // namespace
