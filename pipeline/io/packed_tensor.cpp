@@ -184,13 +184,14 @@ std::optional<Packing> smallest_pattern(const Packing& bitmask, const at::Tensor
 template <typename Element>
 void pack_groups(const Packing& packing, const Element* elements, const uint8_t* bits,
                  Element* values, uint8_t* indices) {
-  const int width = index_bits(packing.group);
+  const int64_t count = packing.dense.elements(), keep = packing.keep, group = packing.group;
+  const int width = index_bits(group);
   BitWriter writer(indices);
-  for (int64_t first = 0; first < packing.dense.elements(); first += packing.group) {
-    uint64_t places = bits_at(bits, first, packing.group);
-    if (std::popcount(places) > packing.keep)
+  for (int64_t first = 0; first < count; first += group) {
+    uint64_t places = bits_at(bits, first, group);
+    if (std::popcount(places) > keep)
       throw DefectError("a tensor is packed as " + packing.name() + " and has not the pattern");
-    while (std::popcount(places) < packing.keep) places |= places + 1;  // the lowest that is free
+    while (std::popcount(places) < keep) places |= places + 1;  // the lowest that is free
     for (; places != 0; places &= places - 1) {
       const int place = std::countr_zero(places);
       *values++ = elements[first + place];
@@ -207,17 +208,18 @@ void pack_groups(const Packing& packing, const Element* elements, const uint8_t*
 template <typename Element>
 void unpack_groups(const Packing& packing, const Element* values, const uint8_t* indices,
                    Element* elements, const std::string& where) {
-  const int width = index_bits(packing.group);
+  const int64_t count = packing.dense.elements(), keep = packing.keep, group = packing.group;
+  const int width = index_bits(group);
   int64_t next = 0;
-  for (int64_t first = 0; first < packing.dense.elements(); first += packing.group) {
+  for (int64_t first = 0; first < count; first += group) {
     int64_t before = -1;
-    for (const int64_t end = next + packing.keep; next < end; ++next) {
+    for (const int64_t end = next + keep; next < end; ++next) {
       const auto place = static_cast<int64_t>(bits_at(indices, next * width, width));
-      if (place <= before || place >= packing.group)
-        refuse(where, fmt::format("index {} of group {} is {}, after {}; those of {} increase from "
-                                  "0 to {}",
-                                  next % packing.keep, first / packing.group, place, before,
-                                  packing.name(), packing.group - 1));
+      if (place <= before || place >= group)
+        refuse(where,
+               fmt::format("index {} of group {} is {}, after {}; those of {} increase from "
+                           "0 to {}",
+                           next % keep, first / group, place, before, packing.name(), group - 1));
       elements[first + place] = values[next];
       before = place;
     }
