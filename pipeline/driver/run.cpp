@@ -36,9 +36,9 @@ struct Running {
   const Shared& shared;
   const std::vector<Entry>& entries;
   RunContext run;
-  SharedStages* siblings;                  ///< of a sweep; null: none
-  std::map<std::string, fs::path> models;  ///< by entry name, "start", "retrain.input"
-  std::string chain;                       ///< hash of everything before the entry
+  SharedStages* siblings;                       ///< of a sweep; null: none
+  std::map<std::string, fs::path> models = {};  ///< by entry name, "start", "retrain.input"
+  std::string chain = {};                       ///< hash of everything before the entry
   TokenSetChecksums token_sets = {};
   /// What `models` are, by the same names: the key of the stage that made the model.
   std::map<std::string, std::string> model_keys = {};
@@ -352,6 +352,17 @@ std::vector<Entry> read_agreed_entries(const config::Composition& composition,
   return entries;
 }
 
+RunContext context_of(const Shared& shared, Workers& workers, const comm::Communicator& group) {
+  return {group,
+          &workers,
+          shared.run_directory,
+          shared.seed,
+          shared.dtype,
+          shared.calibration_data,
+          shared.train_data,
+          shared.memory_bytes};
+}
+
 bool changes_model(const Entry& entry) {
   return entry.kind == "prune" || entry.kind == "retrain" || entry.kind == "compress";
 }
@@ -370,13 +381,9 @@ struct Prepared {
         shared(read_shared(root)),
         entries(read_agreed_entries(composition, root, shared, group)),
         workers(shared.threads_per_rank, linalg::one_library_thread),
-        running{shared,
-                entries,
-                {group, &workers, shared.run_directory, shared.seed, shared.dtype,
-                 shared.calibration_data, shared.train_data, shared.memory_bytes},
-                siblings,
-                {{"start", shared.model}},
-                start_of_chain(shared)} {
+        running{shared, entries, context_of(shared, workers, group), siblings} {
+    running.models["start"] = shared.model;
+    running.chain = start_of_chain(shared);
     group.require_same("model", running.chain);
     running.model_keys["start"] = running.chain;
     check_entries();

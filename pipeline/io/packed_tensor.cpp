@@ -281,8 +281,9 @@ std::optional<Packing> packing_for(const at::Tensor& tensor, PackFormat format) 
   if (format == PackFormat::dense || tensor.dim() < 2) return std::nullopt;
   const at::Tensor bits = value_bits(tensor);
   const auto bytes = static_cast<int64_t>(tensor.nbytes());
-  const Packing bitmask{{tensor.scalar_type(), tensor.sizes().vec(), 0, bytes},
-                        ones(bits.const_data_ptr<uint8_t>(), words_of(tensor.numel()))};
+  Packing bitmask;
+  bitmask.dense = {tensor.scalar_type(), tensor.sizes().vec(), 0, bytes};
+  bitmask.values = ones(bits.const_data_ptr<uint8_t>(), words_of(tensor.numel()));
   if (bitmask.bytes() >= bytes) return std::nullopt;  // then every pattern takes more, too
   if (format == PackFormat::nm && tensor.dim() == 2 && bitmask.values > 0) {
     if (const auto along_rows = smallest_pattern(bitmask, bits, 1, bytes - 1)) return along_rows;

@@ -410,7 +410,7 @@ def test_members_that_are_told_to_stop_are_saved_and_the_same_command_goes_on_wi
 def test_one_member_is_named_by_its_number_from_one_on(words):
     sweep = [*words, "pipeline=[prune]", "-m", "run.seed=0,1"]
     run_well(*sweep, "--member", 2)
-    assert [path.name for path in SWEEP.iterdir()] == ["pipeline=[prune],run.seed=1"]
+    assert [path.name for path in SWEEP.iterdir() if path.is_dir()] == ["pipeline=[prune],run.seed=1"]
     for number, message in ((3, "members 1 to 2"), (0, "is no number of a member")):
         ended = program.run(*sweep, "--member", number)
         assert ended.code == 2 and message in ended.messages[0], ended

@@ -17,7 +17,10 @@ using Tensors = std::vector<std::pair<std::string, at::Tensor>>;
 /// rows x columns with `keep` numbers in every four of a row, some of them negative zeros.
 at::Tensor pattern(int64_t rows, int64_t columns, int64_t keep) {
   at::manual_seed(static_cast<uint64_t>(rows));
-  const at::Tensor kept = at::rand({rows * columns / 4, 4}).argsort(1).argsort(1).lt(keep);
+  const at::Tensor kept = at::rand({rows * columns / 4, 4})
+                              .argsort(/*dim=*/int64_t{1})
+                              .argsort(/*dim=*/int64_t{1})
+                              .lt(keep);
   const at::Tensor numbers = at::arange(1, rows * columns + 1, at::kFloat);
   const at::Tensor values = numbers.mul(numbers.remainder(7).ne(0)).neg();
   return at::where(kept.reshape({-1}), values, at::zeros_like(values))
