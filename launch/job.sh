@@ -24,7 +24,7 @@ program=("$ESPALIER_BUILD/espalier")
 # A container: mpirun stays outside and starts it on every node; its MPI has the version of the one outside, and
 # source, build, data and runs lie under the same paths in it. submit.sh itself starts the program outside, for its
 # look before (--unchecked leaves that out) and for the number of an array's members.
-#   program=(apptainer exec --nv --bind /data "$HOME/espalier.sif" "$ESPALIER_BUILD/espalier")
+#   program=(apptainer exec --bind /data "$HOME/espalier.sif" "$ESPALIER_BUILD/espalier")
 
 if [ "$kind" = summary ]; then
   summarize_sweep "$@"
@@ -36,11 +36,7 @@ threads=$((SLURM_CPUS_ON_NODE / ranks_per_node))
 [ "$threads" -ge 1 ] || threads=1
 # A job that goes on: run.resume=false was meant for the first start.
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ "$kind" = next ]; then
-  arguments=()
-  for argument in "$@"; do
-    [ "$argument" = run.resume=false ] || arguments+=("$argument")
-  done
-  set -- "${arguments[@]}"
+  set -- "$@" ++run.resume=true
 fi
 job="$SLURM_JOB_ID"
 if [ "$kind" = member ]; then

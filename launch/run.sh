@@ -18,7 +18,7 @@
 # What it costs: ranks x threads cores for as long as it takes (launch/quickstart.sh says how long the example
 # does), members side by side so many times that. On several machines source, build and data lie under the same
 # paths. The results are the same bits for any number of ranks and threads. Members that ran before are kept,
-# and their stages taken over by others; those that run at the same time compute each its own. TERM and USR1
+# and their stages taken over by others; what two compute at the same moment each computes itself. TERM and USR1
 # make what is at work save and end with 75. Variables: the top of launch/environment.sh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -40,6 +40,7 @@ done
 [[ "${side_by_side:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--side-by-side $side_by_side is no number of members"
 [ -z "$hostfile" ] || [ "${side_by_side:-1}" = 1 ] ||
   fail "members side by side share one machine; with --hostfile give --side-by-side 1, or use launch/submit.sh --array"
+[ -z "$side_by_side" ] || [[ " $* " =~ \ (-m|--multirun)\  ]] || fail "run.sh: --side-by-side is for a sweep: add -m"
 program="$ESPALIER_BUILD/espalier"
 [ -x "$program" ] || fail "$program is not there; launch/setup.sh and then launch/build.sh make it"
 [ -z "$hostfile" ] || [ -r "$hostfile" ] || fail "--hostfile $hostfile cannot be read"
@@ -47,7 +48,7 @@ program="$ESPALIER_BUILD/espalier"
 if [ -z "$threads" ]; then
   on_one_machine="$ranks"
   if [ -n "$hostfile" ]; then
-    slots="$(sed -n 's/#.*//; s/.*slots *= *\([1-9][0-9]*\).*/\1/p' "$hostfile" | sort -n | tail -n 1)"
+    slots="$(sed -n 's/#.*//; s/.*[[:space:]]slots *= *\([1-9][0-9]*\).*/\1/p' "$hostfile" | sort -n | tail -n 1)"
     [ "${slots:-$ranks}" -ge "$ranks" ] || on_one_machine="$slots"
   fi
   threads=$(($(nproc) / (on_one_machine * ${side_by_side:-1})))
@@ -96,6 +97,8 @@ begin() {
     "${command[@]}" --member $(($1 + 1)) "${@:2}" >>"$log" 2>&1 &
   fi
   at_work[$!]="$1"
+  # A signal that came meanwhile did not see it.
+  [ -z "$stopping" ] || kill -USR1 $! 2>/dev/null || true
 }
 
 # wait_for_less_than NUMBER: until so few are at work; notes how each ended.

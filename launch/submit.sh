@@ -7,7 +7,7 @@
 #
 #   --nodes N            whole nodes                                    (1)
 #   --ranks-per-node R   MPI ranks on each                              (1)
-#   --gpus-per-node G    GPUs on each, and as many ranks
+#   --gpus-per-node G    GPUs on each, and as many ranks, with cluster.device=cuda (this version refuses it)
 #   --threads T          of each rank                                   (cores of a node / its ranks)
 #   --interface NAME     network interface for MPI and NCCL             (ESPALIER_INTERFACE)
 #   --time LIMIT         as sbatch takes it                             (04:00:00)
@@ -19,6 +19,7 @@
 #                        The same command again goes on with what is not finished
 #   --side-by-side S     at most S members of the array at a time       (all)
 #   --partition, --account, --qos, --constraint, --job-name, --output   as sbatch takes them
+#   --sbatch WORD        any other option of sbatch's, e.g. --sbatch --mem=64G
 #   --unchecked          queue without espalier --plan, which looks at configuration, model and data here and
 #                        prints what will be done: where this machine sees no data
 #
@@ -35,37 +36,45 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 nodes=1 ranks_per_node=1 threads="" time=04:00:00 notice=120 chain="" array="" side_by_side="" checked=1
-placement=() options=(--job-name=espalier)
+device=() placement=() options=(--job-name=espalier)
 while [ $# -gt 0 ]; do
   case "$1" in
-    --nodes) nodes="${2:?--nodes takes a number}"; shift 2 ;;
-    --ranks-per-node) ranks_per_node="${2:?--ranks-per-node takes a number}"; shift 2 ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+  esac
+  case "$1" in
+    --array | --unchecked | --help | --) ;;
+    --*) [ $# -gt 1 ] || fail "submit.sh: $1 takes a value; see launch/submit.sh --help" ;;
+  esac
+  case "$1" in
+    --nodes) nodes="$2"; shift 2 ;;
+    --ranks-per-node) ranks_per_node="$2"; shift 2 ;;
     --gpus-per-node)
       # One rank a GPU.
-      ranks_per_node="${2:?--gpus-per-node takes a number}"
+      ranks_per_node="$2" device=(cluster.device=cuda)
       placement+=("--gpus-per-node=$2")
       shift 2
       ;;
-    --threads) threads="${2:?--threads takes a number}"; shift 2 ;;
-    --interface) export ESPALIER_INTERFACE="${2:?--interface takes the name of a network interface}"; shift 2 ;;
-    --time) time="${2:?--time takes a duration as sbatch does}"; shift 2 ;;
-    --notice) notice="${2:?--notice takes seconds}"; shift 2 ;;
-    --chain) chain="${2:?--chain takes a number of jobs}"; shift 2 ;;
+    --threads) threads="$2"; shift 2 ;;
+    --interface) export ESPALIER_INTERFACE="$2"; shift 2 ;;
+    --time) time="$2"; shift 2 ;;
+    --notice) notice="$2"; shift 2 ;;
+    --chain) chain="$2"; shift 2 ;;
     --array) array=1; shift ;;
-    --side-by-side) side_by_side="${2:?--side-by-side takes a number of members}"; shift 2 ;;
+    --side-by-side) side_by_side="$2"; shift 2 ;;
     --partition | --account | --qos | --constraint | --job-name | --output)
-      options+=("$1=${2:?$1 takes a value}")
+      options+=("$1=$2")
       shift 2
       ;;
+    --sbatch) options+=("$2"); shift 2 ;;
     -h | --help) show_help ;;
     --unchecked) checked=0; shift ;;
     --) shift; break ;;
     *) break ;;
   esac
 done
-for number in "$nodes" "$ranks_per_node" ${threads:+"$threads"} "$notice" ${chain:+"$chain"} ${side_by_side:+"$side_by_side"}; do
-  [[ "$number" =~ ^[1-9][0-9]*$ ]] ||
-    fail "submit.sh: $number is no number of nodes, ranks, GPUs, threads, seconds, jobs or members"
+for number in "--nodes $nodes" "--ranks-per-node or --gpus-per-node $ranks_per_node" "--threads ${threads:-1}" "--notice $notice" \
+  "--chain ${chain:-1}" "--side-by-side ${side_by_side:-1}"; do
+  [[ "$number" =~ \ [1-9][0-9]*$ ]] || fail "submit.sh: $number: a whole number of 1 or more is expected"
 done
 own='^--(nodes|ranks-per-node|gpus-per-node|threads|interface|time|notice|chain|array|side-by-side|partition|account|qos|constraint|job-name|output|unchecked)(=|$)'
 for argument in "$@"; do
@@ -73,10 +82,11 @@ for argument in "$@"; do
 done
 [ -z "$chain" ] || [ -z "$array" ] || fail "submit.sh: --chain and --array exclude each other; tasks of an array are requeued"
 [ -z "$side_by_side" ] || [ -n "$array" ] || fail "submit.sh: --side-by-side belongs to --array"
+[ -z "$array" ] || [[ " $* " =~ \ (-m|--multirun)\  ]] || fail "submit.sh: --array is for a sweep: add -m"
 command -v sbatch >/dev/null || fail "sbatch is not here; submit from a machine of the Slurm cluster, or use launch/run.sh"
 [ -x "$ESPALIER_BUILD/espalier" ] || fail "$ESPALIER_BUILD/espalier is not there; launch/setup.sh and then launch/build.sh make it"
 # A thread count that the person's own arguments state comes later and wins.
-set -- ${threads:+"cluster.threads_per_rank=$threads"} "$@"
+set -- ${threads:+"cluster.threads_per_rank=$threads"} "${device[@]}" "$@"
 if [ "$checked" = 1 ]; then
   "$ESPALIER_BUILD/espalier" --plan "$@" || fail "submit.sh: nothing was queued (--unchecked submits without this look)"
 fi
@@ -95,15 +105,18 @@ ranks=$((nodes * ranks_per_node))
 if [ -n "$array" ]; then
   members="$("$ESPALIER_BUILD/espalier" --members "$@" | wc -l)"
   first="$(queue "${placement[@]}" --requeue --array="1-$members${side_by_side:+%$side_by_side}" "${job[@]}" member "$ranks" "$@")"
+  say "job $first: $members tasks, one for each member of the sweep"
   last="$(queue --nodes=1 --ntasks=1 --time=10 --dependency="afterany:$first" "${job[@]}" summary 1 "$@")"
-  say "job $first has $members tasks, one for each member of the sweep; job $last behind it writes summary and report"
+  say "job $last behind it writes summary and report"
 elif [ -n "$chain" ]; then
-  jobs=("$(queue "${placement[@]}" --no-requeue "${job[@]}" first "$ranks" "$@")")
-  while [ ${#jobs[@]} -lt "$chain" ]; do
-    jobs+=("$(queue "${placement[@]}" --no-requeue --dependency="afterany:${jobs[-1]}" "${job[@]}" next "$ranks" "$@")")
+  number="$(queue "${placement[@]}" --no-requeue "${job[@]}" first "$ranks" "$@")"
+  say "job $number"
+  for ((link = 2; link <= chain; link++)); do
+    number="$(queue "${placement[@]}" --no-requeue --dependency="afterany:$number" "${job[@]}" next "$ranks" "$@")"
+    say "job $number behind it"
   done
-  say "jobs ${jobs[*]}, each behind the one before"
 else
   number="$(queue "${placement[@]}" --requeue "${job[@]}" run "$ranks" "$@")"
   say "job $number"
 fi
+say "their output: slurm-*.out here, unless --output says otherwise; how far they are: build/espalier status RUN_DIR"

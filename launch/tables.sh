@@ -136,11 +136,12 @@ left_out() {
   return 1
 }
 
-failed=()
+failed=() swept=0
 sweep() {
   local name="$1" arguments title before
   shift
   if left_out "$name" "$@"; then return; fi
+  swept=$((swept + 1))
   arguments=(--config-name "$name" -m "$@" "${overrides[@]}")
   if [ "$list" = 1 ]; then
     printf '%s\n' "${arguments[*]@Q}"
@@ -166,4 +167,5 @@ if [ "$list" = 0 ]; then
   cd "$ESPALIER_SOURCE"  # a sweep's directories are relative to it
 fi
 for table in "${tables[@]}"; do "${table}_table"; done
+[ "$swept" -gt 0 ] || fail "tables.sh: no sweep of ${tables[*]} has ${overrides[*]}; without overrides --list prints them all"
 [ ${#failed[@]} = 0 ] || fail "tables.sh: these failed: $(printf '\n  %s' "${failed[@]}")"

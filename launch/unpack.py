@@ -66,11 +66,13 @@ def restore(source: Path, target: Path) -> None:
 
 def main(source: Path, target: Path) -> None:
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    if target.exists() or not any(file.name.startswith(PREFIX) for file in files):
-        sys.exit(f"unpack.py: {target} must not exist, and {source} must hold {PREFIX}*.safetensors, which "
-                 "export.format=bitmask or nm writes")
+    if target.exists():
+        sys.exit(f"unpack.py: {target} is there already; choose another directory")
+    if not any(file.name.startswith(PREFIX) for file in files):
+        sys.exit(f"unpack.py: {source} holds no {PREFIX}*.safetensors, which export.format=bitmask or nm writes")
+    unfinished = target.with_name(target.name + ".part")  # what an earlier try left is written over
     for file in files:
-        out = target / file.relative_to(source).parent / file.name.removeprefix(PREFIX)
+        out = unfinished / file.relative_to(source).parent / file.name.removeprefix(PREFIX)
         out.parent.mkdir(parents=True, exist_ok=True)
         if not file.name.startswith(PREFIX):
             shutil.copyfile(file, out)
@@ -80,9 +82,13 @@ def main(source: Path, target: Path) -> None:
             index = json.loads(file.read_text(encoding="utf-8"))
             index["weight_map"] = {name: shard.removeprefix(PREFIX) for name, shard in index["weight_map"].items()}
             out.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.rename(target)
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     if len(sys.argv) != 3:
-        sys.exit(__doc__)
+        sys.exit("unpack.py takes DIR OUT; see --help")
     main(*map(Path, sys.argv[1:]))

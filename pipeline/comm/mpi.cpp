@@ -69,23 +69,24 @@ int size_of(MPI_Comm group) {
 /// them meanwhile.
 class Watch {
  public:
-  Watch(const char* what, double seconds, int rank)
+  Watch(const char* what, const std::string& advice, double seconds, int rank)
       : thread_([=](const std::stop_token& stop) {
           constexpr double kLongest = 1e6;  // which the clock can count
           const auto patience =
               std::chrono::milliseconds(std::llround(1e3 * std::min(seconds, kLongest))) +
               2s * std::min(rank, 3);
-          const auto start = Clock::now();
           std::mutex mutex;
           std::condition_variable_any asked;
           std::unique_lock lock(mutex);
-          if (asked.wait_for(lock, stop, patience, [&] { return stop.stop_requested(); })) return;
-          const double waited = seconds_since(start);
-          if (Clock::now() - start < patience + 1s)  // else it was this one that had stopped
-            print_error(fmt::format(
-                "{}: a rank waited {:.1f} seconds for its peers; a rank has stopped or lost its "
-                "network. Look at its node, or raise cluster.timeout_seconds (now {:g})",
-                what, waited, seconds));
+          Clock::time_point start;
+          do {  // once more when it was this process that had been stopped
+            start = Clock::now();
+            if (asked.wait_for(lock, stop, patience, [&] { return stop.stop_requested(); })) return;
+          } while (Clock::now() - start > patience + 1s);
+          print_error(fmt::format(
+              "{}: a rank waited {:.1f} seconds for its peers; a rank has stopped or lost its "
+              "network. Look at its node{}",
+              what, seconds_since(start), advice));
           exit_now(kExitEnvironment);
         }) {}
 
@@ -184,7 +185,9 @@ class MpiBackend final : public Backend {
     } catch (const std::exception& error) {
       abort(error.what(), kExitEnvironment);
     }
-    const Watch watch("MPI_Finalize", timeout_, rank_);
+    const Watch watch("MPI_Finalize",
+                      fmt::format(", or raise cluster.timeout_seconds (now {:g})", timeout_),
+                      timeout_, rank_);
     MPI_Comm_free(&data_);
     MPI_Comm_free(&control_);
     MPI_Finalize();
@@ -329,7 +332,8 @@ std::shared_ptr<Backend> mpi_backend(double timeout_seconds) {
     backend->set_timeout(timeout_seconds);
     return backend;
   }
-  const Watch watch("MPI_Init", timeout_seconds, 0);
+  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");  // which MPI does not tell yet
+  const Watch watch("MPI_Init", "", timeout_seconds, rank == nullptr ? 0 : std::atoi(rank));
   int initialized = 0;
   check(MPI_Initialized(&initialized), "MPI_Initialized");
   if (!initialized) {

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <span>
 #include <system_error>
@@ -44,11 +45,11 @@ usage: espalier [flags] [overrides]
 
 flags
   --config-name NAME    the configuration (default: default)
-  --config-dir DIR      where configurations lie (default: configs/ of the source tree)
+  --config-dir DIR      where all configurations lie, instead of configs/ of the source tree
   -m, --multirun        a sweep: comma lists, range(), choice(), glob() in overrides
       --member K        of the sweep only member K, counted from 1; no summary is written
       --members         print the directories of the sweep's members, one a line
-      --summary         write the sweep's summary of what its members have left
+      --summary         write the sweep's summary from the results that are there
   --cfg job|all         print the composed configuration; --resolve replaces interpolations
   --info defaults       print the defaults list that was composed
   --plan                check everything as a run does, print what each stage will do, write nothing
@@ -56,10 +57,12 @@ flags
 
 overrides
   key=value  +new=value  ++force=value  ~drop  group=choice
+  What a key means and which values it takes: the comments in configs/default.yaml, configs/GROUP/base.yaml and
+  configs/GROUP/CHOICE.yaml.
 
 example
   espalier prune=sparsegpt prune.pattern=2:4 model.path=MODEL data.calibration=F.h5 data.train=T.h5 \
-      evaluate.tasks.text.data=E.h5
+      evaluate.tasks.text.data=E.h5 compress.budget=0.05
 )";
 }
 
@@ -67,6 +70,10 @@ CommandLine read_command_line(int count, char** arguments) {
   CommandLine line;
   line.request.directory = default_config_directory();
   const std::vector<std::string> words(arguments + 1, arguments + count);
+  if (std::ranges::find(words, "--help") != words.end()) {
+    line.wish = CommandLine::Wish::help;
+    return line;
+  }
   size_t i = 0;
   if (!words.empty() && words[0] == "decode") {
     line.wish = CommandLine::Wish::decode;
@@ -127,18 +134,25 @@ CommandLine read_command_line(int count, char** arguments) {
       const std::string what = value(is("-i") ? "-i" : "--info");
       if (what != "defaults") throw UserError(fmt::format("--info: \"{}\" is not defaults", what));
       line.wish = CommandLine::Wish::defaults;
-    } else if (word == "--help" || word == "-h") {
+    } else if (word == "-h") {
       line.wish = CommandLine::Wish::help;
     } else if (word == "--version") {
       line.wish = CommandLine::Wish::version;
     } else if (word == "--plan") {
       line.plan = true;
     } else if (word.starts_with("-")) {
-      throw UserError(fmt::format("{} is no flag of espalier; see --help", word));
+      throw UserError(fmt::format("{} is no flag of espalier; see espalier --help", word));
+    } else if (word.find('=') == std::string::npos && !word.starts_with("~")) {
+      throw UserError(
+          fmt::format("{} is no override (key=value, ~key) and, as the first word, none of decode, "
+                      "inspect, status",
+                      word));
     } else {
       line.request.overrides.push_back(word);
     }
   }
+  if (line.resolve && line.wish != CommandLine::Wish::configuration)
+    throw UserError("--resolve belongs to --cfg job");
   if (!of_sweep.empty() && !line.multirun)
     throw UserError(of_sweep + " belongs to a sweep; give -m as well");
   return line;

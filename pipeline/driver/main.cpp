@@ -134,7 +134,7 @@ void summarize(const CommandLine& line) {
   }
   write_summaries(members);
   if (!unfinished.empty())
-    throw UserError("members of the sweep are not finished; the same command goes on with them:" +
+    throw UserError("members of the sweep are not finished; start it again without --summary:" +
                     unfinished);
 }
 

@@ -67,7 +67,8 @@ at::Tensor read_dataset(const io::Hdf5Reader& reader, const fs::path& file, cons
 }
 
 json inspect(const fs::path& path) {
-  if (!fs::exists(path)) throw UserError(fmt::format("{}: there is no such file", path.string()));
+  if (!fs::exists(path))
+    throw UserError(fmt::format("{}: there is no such file or directory", path.string()));
   json inspection = {{"path", path.string()}};
   inspection.update(fs::is_directory(path)    ? of_directory(path)
                     : io::is_model_path(path) ? describe_model(path)

@@ -32,6 +32,13 @@ int64_t bytes_of(const std::vector<io::Output>& outputs) {
   return bytes;
 }
 
+int64_t largest(const Parsed& numbers) {
+  int64_t most = 0;
+  for (const Parsed& number : numbers) most = std::max(most, io::non_negative_integer(number));
+  return most;
+}
+
+/// What it took is told of the start that computed it, though another member of a sweep had it.
 json stage_row(const fs::path& directory) {
   json row = {{"name", directory.filename().string()}};
   const auto manifest = io::read_manifest(directory);
@@ -39,11 +46,15 @@ json stage_row(const fs::path& directory) {
     row["status"] = fs::exists(directory) ? "unfinished" : "due";
     return row;
   }
-  const auto& peaks = manifest->peak_resident_bytes;
+  const Parsed here = {{"seconds", manifest->seconds},
+                       {"peak_resident_bytes", manifest->peak_resident_bytes}};
+  const Parsed elsewhere = io::value_at(manifest->facts, {"taken_over", "computing"});
+  const Parsed& cost = elsewhere.is_object() ? elsewhere : here;
   row["status"] = manifest->status;
-  row["seconds"] = manifest->seconds;
-  row["peak_bytes"] = peaks.empty() ? 0 : *std::max_element(peaks.begin(), peaks.end());
+  add(row, "seconds", io::value_at(cost, {"seconds"}));
+  row["peak_bytes"] = largest(io::value_at(cost, {"peak_resident_bytes"}));
   row["bytes"] = bytes_of(manifest->outputs);
+  add(row, "taken_over_from", io::value_at(manifest->facts, {"taken_over", "member"}));
   return row;
 }
 

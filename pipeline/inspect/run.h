@@ -18,8 +18,8 @@ bool is_stage(const std::filesystem::path& directory);
 
 /// The object in a file; empty without the file. Throws UserError where it holds something else.
 nlohmann::json read_object(const std::filesystem::path& file);
-/// [{"name", "status", "seconds", "peak_bytes", "bytes"}] of a run: a stage without a manifest is
-/// "unfinished", one that has not begun "due".
+/// [{"name", "status", "seconds", "peak_bytes", "bytes", "taken_over_from"}] of a run: a stage
+/// without a manifest is "unfinished", one that has not begun "due".
 Facts stages_of(const std::filesystem::path& run);
 /// "02-retrain: MESSAGE" of a run that failed; else empty.
 std::string failure_of(const std::filesystem::path& run);

@@ -73,8 +73,8 @@ std::string first_due_of(const json& stages) {
 }
 
 json status_of_run(const fs::path& run) {
+  const auto owner = driver::owner_of(run);  // first: a run that ends meanwhile is not "stopped"
   const json stages = stages_of(run);
-  const auto owner = driver::owner_of(run);
   std::string stage = first_due_of(stages);
   const std::string state = state_of(run, owner, stage);
   json status = {{"kind", "run"}, {"state", state}};
@@ -93,13 +93,18 @@ json status_of_run(const fs::path& run) {
   return status;
 }
 
+/// A member whose files are damaged, or go while it clears them, does not hide the others.
 json row_of_member(const fs::path& run) {
-  json row = {{"name", run.filename().string()}};
-  if (!is_run(run)) {
-    row["state"] = "due";
+  json row = {{"name", run.filename().string()}}, status;
+  try {
+    status = is_run(run) ? status_of_run(run) : json{{"state", "due"}};
+  } catch (const UserError& error) {
+    status = {{"state", "failed"}, {"failure", error.what()}};
+  }
+  if (!status.contains("stages")) {
+    row.update(status);
     return row;
   }
-  const json status = status_of_run(run);
   const json& stages = status["stages"];
   row["state"] = status["state"];
   row["finished"] = std::count_if(stages.begin(), stages.end(),

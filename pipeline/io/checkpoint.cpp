@@ -38,11 +38,9 @@ struct Place {
     file.drop(inner + packing->places_suffix());
   }
   /// Bytes [begin, begin + count) of the tensor.
+  /// Of a packed tensor.
   std::string bytes(int64_t begin, int64_t count) const {
-    if (packing) return unpack_bytes(*packing, parts(), begin, count, where());
-    const at::Tensor whole = file.view(inner);
-    const auto* data = static_cast<const char*>(whole.const_data_ptr());
-    return std::string(data + begin, static_cast<size_t>(count));
+    return unpack_bytes(*packing, parts(), begin, count, where());
   }
 
  private:
@@ -278,9 +276,13 @@ std::string samples(const Place& place) {
   constexpr int64_t kSample = 256;
   const int64_t bytes = place.info->bytes();
   const int64_t count = std::min(kSample, bytes);
+  // Once: a view of what lies unaligned in its file is a copy.
+  const at::Tensor whole = place.packing ? at::Tensor() : place.file.view(place.inner);
   std::string text;
   for (const int64_t begin : {int64_t{0}, (bytes - count) / 2, bytes - count})
-    text += place.bytes(begin, count);
+    text += place.packing ? place.bytes(begin, count)
+                          : std::string(static_cast<const char*>(whole.const_data_ptr()) + begin,
+                                        static_cast<size_t>(count));
   place.drop();
   return checksum(text);
 }

@@ -2,6 +2,7 @@
 /// The file names of a model directory.
 
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -40,6 +41,14 @@ std::optional<std::filesystem::path> nearest_file(const std::vector<std::filesys
 /// Names of the files of `root` that belong beside the weights of an export: tokenizer, vocabulary,
 /// generation settings, chat template. Sorted.
 std::vector<std::string> companion_files(const std::filesystem::path& root);
+
+/// What tells an export's files of weights from another program's, in their metadata.
+inline constexpr const char* kWriterKey = "written_by";
+inline constexpr const char* kWriter = "espalier";
+/// The metadata of every file of weights that an export writes.
+inline std::map<std::string, std::string> export_metadata() {
+  return {{"format", "pt"}, {kWriterKey, kWriter}};
+}
 
 /// Names of all *.safetensors files in the directory, sorted.
 std::vector<std::string> safetensors_files(const std::filesystem::path& directory);

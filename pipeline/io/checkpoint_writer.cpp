@@ -19,9 +19,6 @@ namespace {
 using nlohmann::json;
 namespace fs = std::filesystem;
 
-/// In the metadata of every file of weights: what tells an export from another program's model.
-const std::pair<std::string, std::string> kMark = {"written_by", "espalier"};
-
 struct Shard {
   std::vector<TensorPlan> tensors;
   int64_t bytes = 0;
@@ -89,8 +86,8 @@ void refuse_overwriting_sources(const Checkpoint& model, const fs::path& directo
 bool is_marked(const fs::path& file) {
   try {
     const SafetensorsFile opened(file);
-    const auto writer = opened.metadata().find(kMark.first);
-    return writer != opened.metadata().end() && writer->second == kMark.second;
+    const auto writer = opened.metadata().find(kWriterKey);
+    return writer != opened.metadata().end() && writer->second == kWriter;
   } catch (const UserError&) {
     return false;
   }
@@ -100,7 +97,8 @@ bool is_marked(const fs::path& file) {
 /// none.
 std::string foreign_file(const fs::path& directory) {
   if (!fs::is_directory(directory)) return "";
-  for (const char* name : {kDerivedFile, "pytorch_model.bin", "pytorch_model.bin.index.json"})
+  for (const char* name : {kDerivedFile, "pytorch_model.bin", "pytorch_model.bin.index.json",
+                           "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"})
     if (fs::exists(directory / name)) return name;
   for (const std::string& name : safetensors_files(directory))
     if (!is_marked(directory / name)) return name;
@@ -150,7 +148,7 @@ void write_one_shard(const Checkpoint& model, const std::string& prefix, const f
     plan.push_back({tensor.name + packing->places_suffix(), at::kByte, {packing->places_bytes()}});
     packed.emplace(tensor.name, *packing);
   }
-  std::map<std::string, std::string> metadata{{"format", "pt"}, kMark};
+  auto metadata = export_metadata();
   if (!packed.empty()) metadata[kPackedKey] = packed_metadata(packed);
   SafetensorsWriter writer(file, std::move(plan), metadata);
   for (const TensorPlan& tensor : shard.tensors) {
@@ -188,7 +186,8 @@ std::vector<std::string> files_beside_weights(const fs::path& root) {
        entry != fs::recursive_directory_iterator(); ++entry) {
     if (entry.depth() == kMaxDepth) entry.disable_recursion_pending();
     const std::string name = entry->path().filename().string();
-    const bool weights = name.find(".safetensors") != std::string::npos || name.ends_with(".bin");
+    const bool weights =
+        name.find(".safetensors") != std::string::npos || name.find(".bin") != std::string::npos;
     if (entry->is_regular_file() && !weights && entry->file_size() <= kLargest)
       names.push_back(entry->path().lexically_relative(root).string());
   }

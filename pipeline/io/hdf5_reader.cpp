@@ -38,8 +38,10 @@ struct Hdf5Reader::File {
     prepare_hdf5();
     id = Handle(H5Fopen(file.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT), H5Fclose);
     if (!id.valid()) {
-      throw UserError(fmt::format("{}: is not an HDF5 file or is damaged ({}); make it again",
-                                  file.string(), hdf5_reason()));
+      throw UserError(
+          fmt::format("{}: is not an HDF5 file or is damaged ({}); make it again: token sets "
+                      "by launch/prepare_data.py, all others by espalier's stages",
+                      file.string(), hdf5_reason()));
     }
   }
 

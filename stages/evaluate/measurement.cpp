@@ -29,7 +29,9 @@ std::unique_ptr<Measurement> make_measurement(const std::string& name,
   const std::string kind = section.choice("kind", kinds);
   auto measurement = factories().at(kind)(section);
   measurement->name = name;
-  measurement->file = section.text("data");
+  const auto file = section.optional_text("data");
+  if (!file) section.fail("data", "is not set: an HDF5 file made by launch/prepare_data.py");
+  measurement->file = *file;
   return measurement;
 }
 

@@ -75,7 +75,7 @@ class ExportStage : public driver::Stage {
                       "another directory",
                       target.string()));
     const io::Checkpoint start = io::Checkpoint::open(start_model);
-    if (directory_) io::require_overwritable(start, target);
+    if (directory_) require_overwritable(start);
     io::require_space(target, start.bytes());
   }
 
@@ -107,6 +107,8 @@ class ExportStage : public driver::Stage {
     const io::Checkpoint checkpoint = model.without(model::is_term);
     const io::ModelExport whole(checkpoint, target, context.run.dtype, io::kShardBytes,
                                 kFormats.at(format_));
+    // Another program may have written there since the run began.
+    if (directory_ && group.is_root()) require_overwritable(checkpoint);
     context.progress.start("shards", whole.shards());
     std::vector<std::string> files = driver::write_export(whole, group, [&](int64_t done) {
       context.progress.advance(done);
@@ -138,6 +140,11 @@ class ExportStage : public driver::Stage {
 
  private:
   std::string format_;
+  void require_overwritable(const io::Checkpoint& model) const {
+    for (const fs::path& target : {fs::path(*directory_), fs::path(*directory_) / kAdapterFolder})
+      io::require_overwritable(model, target);
+  }
+
   std::optional<std::string> directory_;
 };
 

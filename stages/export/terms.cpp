@@ -7,6 +7,7 @@
 #include <map>
 
 #include "pipeline/io/atomic_file.h"
+#include "pipeline/io/checkpoint_layout.h"
 #include "pipeline/io/safetensors.h"
 #include "pipeline/model/added_terms.h"
 #include "pipeline/model/architecture.h"
@@ -81,7 +82,7 @@ void write_peft(const io::Checkpoint& checkpoint, const std::filesystem::path& d
     tensors.emplace_back(stem + ".lora_A.weight", terms.down.contiguous());
     tensors.emplace_back(stem + ".lora_B.weight", (terms.up * terms.scale).contiguous());
   }
-  io::write_safetensors(directory / "adapter_model.safetensors", tensors, {{"format", "pt"}});
+  io::write_safetensors(directory / "adapter_model.safetensors", tensors, io::export_metadata());
   io::write_file(directory / "adapter_config.json", peft_config(loaded, all).dump(2) + "\n");
 }
 
@@ -96,16 +97,17 @@ void write_own(const std::filesystem::path& directory,
   std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) {
     return a.second.element_size() > b.second.element_size();
   });
-  io::write_safetensors(directory / "terms.safetensors", tensors, {{"format", "pt"}});
+  io::write_safetensors(directory / "terms.safetensors", tensors, io::export_metadata());
 }
 
 }  // namespace
 
 Terms write_terms(const io::Checkpoint& model, const std::filesystem::path& directory, bool write) {
-  const std::filesystem::path adapter = directory / "adapter";
-  const std::string config = "adapter/adapter_config.json";
-  const std::string products_file = "adapter/adapter_model.safetensors";
-  const std::string own_file = "adapter/terms.safetensors";
+  const std::filesystem::path adapter = directory / kAdapterFolder;
+  const std::string folder = std::string(kAdapterFolder) + "/";
+  const std::string config = folder + "adapter_config.json";
+  const std::string products_file = folder + "adapter_model.safetensors";
+  const std::string own_file = folder + "terms.safetensors";
   if (write)  // an earlier export's
     for (const std::string& file : {config, products_file, own_file})
       std::filesystem::remove(directory / file);

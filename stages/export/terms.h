@@ -14,6 +14,8 @@ struct Terms {
   std::string sentence;            ///< what was written, for a person; empty when nothing was
 };
 
+inline constexpr const char* kAdapterFolder = "adapter";
+
 /// Writes the terms of `model` (pipeline/model/added_terms.h) into `directory`/adapter: where all
 /// are low-rank products of matrices that are stored as they are, as adapter_config.json and
 /// adapter_model.safetensors that the peft library loads on the dense checkpoint in `directory`

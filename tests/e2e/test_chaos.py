@@ -24,11 +24,10 @@ TIMEOUT_SECONDS = 5
 LONGEST_ENDING_SECONDS = TIMEOUT_SECONDS + 11
 WORK = dict(pipeline="[evaluate,discover,prune,evaluate,retrain,compress,evaluate,export]", prune="sparsegpt",
             prune__samples=48, retrain__steps=16, retrain__dropout=0.05, retrain__checkpoint_every=3,
-            discover__targets="['*q_proj','*v_proj']", discover__cardinality=16,
-            cluster__timeout_seconds=TIMEOUT_SECONDS)
-# What mpirun ends with. A TERM may come before the program can hear it (143), or after the last unit (0); a STOP when
-# no rank waits any more.
-CODES = {signal.SIGKILL: {137}, signal.SIGTERM: {75, 143, 0}, signal.SIGSTOP: {3, 0}}
+            discover__targets="['*q_proj','*v_proj']", discover__cardinality=16)
+# What mpirun ends with; 0 where a signal comes after the last unit. A TERM may come before the program can hear it (143), a STOP when no
+# rank waits any more (0).
+CODES = {signal.SIGKILL: {137, 0}, signal.SIGTERM: {75, 143, 0}, signal.SIGSTOP: {3, 0}}
 
 
 @dataclass
@@ -114,7 +113,9 @@ def disturbed_start(command: list[str], undisturbed: Undisturbed, run_dir: Path,
     """A start that one of its ranks does not end as it would; None when it was over before."""
     moment = chance.random() * seconds_to_come(undisturbed, run_dir)
     rank, kind = chance.randrange(ranks), chance.choice(list(CODES))
-    job = Started(command, ranks)
+    # Short only where it is waited for: a loaded machine may keep healthy ranks longer.
+    deadline = [f"cluster.timeout_seconds={TIMEOUT_SECONDS}"] if kind == signal.SIGSTOP else []
+    job = Started(command + deadline, ranks)
     begun = False
     # In MPI_Init a rank is missed after ten minutes only, as no configuration has been read: no STOP there.
     while time.monotonic() - job.start < moment or rank not in job.ranks() or (kind == signal.SIGSTOP and not begun):
@@ -157,6 +158,8 @@ def test_ranks_that_go_at_any_moment_leave_the_bits_of_an_undisturbed_run(files,
 
 def test_the_rounds_were_disturbed(undisturbed, rounds):
     """Says what the rounds met: by how much they were disturbed is no one's but the clock's."""
+    if not rounds:
+        pytest.skip("skipped: no round was run")
     met = [disturbance for one in rounds for disturbance in one.disturbances]
     print(f"\n{'round':>5}  starts  disturbances")
     for one in rounds:

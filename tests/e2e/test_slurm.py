@@ -203,8 +203,10 @@ def test_a_job_over_two_nodes_is_requeued_at_its_time_limit_and_ends_with_the_bi
         if "stopped after step" in Path(job["StdOut"]).read_text():
             break
     output = Path(job["StdOut"]).read_text()
-    assert (job["JobState"], job["Restarts"], job["NodeList"]) == ("COMPLETED", "1", "node[1-2]"), output
-    assert output.count("the job goes back into the queue") == 1 and "02-retrain  going on after" in output
+    assert (job["JobState"], job["NodeList"]) == ("COMPLETED", "node[1-2]"), output
+    # On a slow machine the second start may meet the limit too.
+    assert output.count("the job goes back into the queue") == int(job["Restarts"]) >= 1, output
+    assert "02-retrain  going on after" in output
     facts = json.loads((run_dir / "02-retrain/manifest.json").read_text())["facts"]
     assert (facts["ranks"], facts["threads_per_rank"]) == (2, 1)
     assert [step for step, *_ in losses(run_dir)] == list(range(1, 161))

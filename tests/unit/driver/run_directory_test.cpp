@@ -24,7 +24,7 @@ TEST(RunDirectories, ARunOfAnotherConfigurationThatBeganDuringTheWaitForTheLockI
   const pid_t other = fork();
   if (other == 0) {
     new RunLock(shared.run_directory);
-    std::this_thread::sleep_for(500ms);
+    std::this_thread::sleep_for(200ms);
     io::write_file(shared.run_directory / "environment.json", R"({"configuration": {"seed": 2}})");
     _exit(0);  // as if killed: the lock stays
   }
