@@ -100,7 +100,7 @@ def test_with_a_libtorch_of_ones_own_and_an_own_model_no_torch_is_asked_for(tmp_
     ("run.sh", ["--side-by-side", "0"], "no number of members"),
     ("run.sh", ["--side-by-side", "2", "--hostfile", "hosts"], "share one machine"),
     ("submit.sh", ["--chain", "2", "--array"], "exclude each other"),
-    ("submit.sh", ["--notice", "2m"], "2m is no number"),
+    ("submit.sh", ["--notice", "2m"], "--notice 2m: a whole number"),
     ("submit.sh", ["prune=wanda", "--nodes", "2"], "--nodes is of the job"),
     ("setup.sh", ["--everything"], "none of --own-model, --tests, --check")])
 def test_a_wrong_call_ends_in_one_line_before_any_work(tmp_path, name, arguments, message):
