@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "pipeline/errors.h"
+#include "pipeline/train/adamw_kernel.h"
 
 namespace espalier::train {
 
@@ -16,26 +17,16 @@ void Adamw::update(std::span<float> values, std::span<const float> gradient, int
   // Scalars in double, rounded once, as torch hands them to its kernels.
   const double correction1 = 1.0 - std::pow(options_.beta1, static_cast<double>(step));
   const double correction2 = 1.0 - std::pow(options_.beta2, static_cast<double>(step));
-  const auto keep = static_cast<float>(1.0 - learning_rate * options_.weight_decay);
-  const auto lerp1 = static_cast<float>(1.0 - options_.beta1);
-  const auto beta2 = static_cast<float>(options_.beta2);
-  const auto rest2 = static_cast<float>(1.0 - options_.beta2);
-  const auto root2 = static_cast<float>(std::sqrt(correction2));
-  const auto eps = static_cast<float>(options_.eps);
-  const auto negative_step = static_cast<float>(-learning_rate / correction1);
-
-  float* __restrict w = values.data();
-  const float* __restrict g = gradient.data();
-  float* __restrict m = first_.data() + begin;
-  float* __restrict v = second_.data() + begin;
-  const auto count = static_cast<int64_t>(values.size());
-  for (int64_t i = 0; i < count; ++i) {
-    const float decayed = w[i] * keep;
-    m[i] = m[i] + lerp1 * (g[i] - m[i]);
-    v[i] = v[i] * beta2 + rest2 * g[i] * g[i];
-    const float denominator = std::sqrt(v[i]) / root2 + eps;
-    w[i] = decayed + negative_step * m[i] / denominator;
-  }
+  const AdamwScalars scalars{
+      .keep = static_cast<float>(1.0 - learning_rate * options_.weight_decay),
+      .lerp1 = static_cast<float>(1.0 - options_.beta1),
+      .beta2 = static_cast<float>(options_.beta2),
+      .rest2 = static_cast<float>(1.0 - options_.beta2),
+      .root2 = static_cast<float>(std::sqrt(correction2)),
+      .eps = static_cast<float>(options_.eps),
+      .negative_step = static_cast<float>(-learning_rate / correction1)};
+  adamw_step(scalars, values.data(), gradient.data(), first_.data() + begin, second_.data() + begin,
+             static_cast<int64_t>(values.size()));
 }
 
 double gradient_norm(std::span<const float> gradient) {

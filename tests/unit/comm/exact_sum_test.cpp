@@ -40,7 +40,10 @@ __int128 on_grid(float value, int exponent) {
 TEST(ExactSum, EqualsTheIntegerSumOfTheRoundedAddends) {
   const std::vector<int64_t> sizes = {1, 7, 8, 33, 0, 1000};
   const int64_t size = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
-  const auto units = random_units(37, size, 1);
+  auto units = random_units(37, size, 1);
+  // As in an embedding's gradient: long runs of zeros of either sign, and a number among them.
+  for (auto& unit : units) std::fill(unit.begin() + 150, unit.begin() + 500, -0.0f);
+  units[3][401] = 0.5f;
   std::vector<double> largest(sizes.size(), 20.0);
   largest[2] = 3e-3;  // a finer grid, still without overflow
   ExactSum sum(sizes, 37);

@@ -50,6 +50,28 @@ TEST(Adamw, AgreesWithTheFormulaInDouble) {
   }
 }
 
+TEST(Adamw, GivesTheBitsOfAPlainLoopInFloat32AtAnyLength) {
+  const AdamwOptions options{0.9, 0.999, 1e-8, 0.05};
+  for (const int64_t size : {1, 3, 7, 8, 9, 31, 64, 77}) {
+    Adamw adamw(size, options);
+    std::vector<float> ours(size), w(size), m(size), v(size), g(size);
+    for (int64_t i = 0; i < size; ++i) ours[i] = w[i] = start_value(i);
+    for (int step = 1; step <= 3; ++step) {
+      for (int64_t i = 0; i < size; ++i) g[i] = gradient_value(step, i);
+      adamw.update(ours, g, 0, 1e-3, step);
+      for (int64_t i = 0; i < size; ++i) {
+        m[i] += 0.1f * (g[i] - m[i]);
+        v[i] = v[i] * 0.999f + static_cast<float>(1 - 0.999) * g[i] * g[i];
+        const float root = std::sqrt(static_cast<float>(1 - std::pow(0.999, step)));
+        const float denominator = std::sqrt(v[i]) / root + 1e-8f;
+        w[i] = w[i] * static_cast<float>(1 - 1e-3 * 0.05) +
+               static_cast<float>(-1e-3 / (1 - std::pow(0.9, step))) * m[i] / denominator;
+      }
+      EXPECT_EQ(ours, w) << size << " numbers, step " << step;
+    }
+  }
+}
+
 TEST(Adamw, AgreesWithTorchsOptimizer) {
   const AdamwOptions options{0.8, 0.95, 1e-6, 0.01};
   const std::vector<float> ours = trained(options, 1e-2);
