@@ -106,7 +106,10 @@ def measured(run_dir: Path) -> tuple[dict, np.ndarray]:
 
 
 def plain_loop(model, rows: list, types: bool) -> np.ndarray:
-    """One row after the other, without padding."""
+    """One row after the other, without padding. Weights of memory of their own: where they lie in their file, and so
+    how a product's loops begin, depends on the length of its header."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     logits = []
     with torch.no_grad():
         for tokens, kinds in rows:
