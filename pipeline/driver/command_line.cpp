@@ -70,7 +70,7 @@ CommandLine read_command_line(int count, char** arguments) {
   CommandLine line;
   line.request.directory = default_config_directory();
   const std::vector<std::string> words(arguments + 1, arguments + count);
-  if (std::ranges::find(words, "--help") != words.end()) {
+  if (std::ranges::any_of(words, [](auto& word) { return word == "--help" || word == "-h"; })) {
     line.wish = CommandLine::Wish::help;
     return line;
   }
@@ -134,8 +134,6 @@ CommandLine read_command_line(int count, char** arguments) {
       const std::string what = value(is("-i") ? "-i" : "--info");
       if (what != "defaults") throw UserError(fmt::format("--info: \"{}\" is not defaults", what));
       line.wish = CommandLine::Wish::defaults;
-    } else if (word == "-h") {
-      line.wish = CommandLine::Wish::help;
     } else if (word == "--version") {
       line.wish = CommandLine::Wish::version;
     } else if (word == "--plan") {

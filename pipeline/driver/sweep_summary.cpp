@@ -317,10 +317,8 @@ void write_members(const fs::path& sweep_directory, const std::vector<SweepMembe
 
 void write_summary(const fs::path& sweep_directory, const std::vector<SweepMember>& members) {
   std::vector<std::pair<SweepMember, json>> read;
-  std::set<fs::path> seen;  // cluster.* makes no other member
   for (const SweepMember& member : members)
-    if (seen.insert(member.directory).second)
-      read.emplace_back(member, read_figures(member.directory));
+    read.emplace_back(member, read_figures(member.directory));
   const json summary = summarize(read);
   io::write_file(sweep_directory / "summary.json", summary.dump(2) + "\n");
   io::write_file(sweep_directory / "summary.csv", csv_of(summary));

@@ -37,8 +37,7 @@ struct Place {
     file.drop(inner + kValuesSuffix);
     file.drop(inner + packing->places_suffix());
   }
-  /// Bytes [begin, begin + count) of the tensor.
-  /// Of a packed tensor.
+  /// Bytes [begin, begin + count) of a packed tensor.
   std::string bytes(int64_t begin, int64_t count) const {
     return unpack_bytes(*packing, parts(), begin, count, where());
   }
