@@ -82,6 +82,9 @@ attempt() {
   return 1
 }
 
+# is_sweep ESPALIER'S ARGUMENTS...
+is_sweep() { [[ " $* " =~ \ (-m|--multirun)\  ]]; }
+
 # What tells mpirun, and by it every rank, to keep to the interface: MPI's data, its own messages, NCCL.
 interface_words() {
   [ -z "$ESPALIER_INTERFACE" ] || printf '%s ' --mca btl_tcp_if_include "$ESPALIER_INTERFACE" \

@@ -86,7 +86,11 @@ def main() -> None:
             file.chmod(0o644)
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        complete.rename(target)
+        try:
+            complete.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another start made it meanwhile
+                raise
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ done
 [[ "${side_by_side:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--side-by-side $side_by_side is no number of members"
 [ -z "$hostfile" ] || [ "${side_by_side:-1}" = 1 ] ||
   fail "members side by side share one machine; with --hostfile give --side-by-side 1, or use launch/submit.sh --array"
-[ -z "$side_by_side" ] || [[ " $* " =~ \ (-m|--multirun)\  ]] || fail "run.sh: --side-by-side is for a sweep: add -m"
+[ -z "$side_by_side" ] || is_sweep "$@" || fail "run.sh: --side-by-side is for a sweep: add -m"
 program="$ESPALIER_BUILD/espalier"
 [ -x "$program" ] || fail "$program is not there; launch/setup.sh and then launch/build.sh make it"
 [ -z "$hostfile" ] || [ -r "$hostfile" ] || fail "--hostfile $hostfile cannot be read"

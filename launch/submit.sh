@@ -82,7 +82,7 @@ for argument in "$@"; do
 done
 [ -z "$chain" ] || [ -z "$array" ] || fail "submit.sh: --chain and --array exclude each other; tasks of an array are requeued"
 [ -z "$side_by_side" ] || [ -n "$array" ] || fail "submit.sh: --side-by-side belongs to --array"
-[ -z "$array" ] || [[ " $* " =~ \ (-m|--multirun)\  ]] || fail "submit.sh: --array is for a sweep: add -m"
+[ -z "$array" ] || is_sweep "$@" || fail "submit.sh: --array is for a sweep: add -m"
 command -v sbatch >/dev/null || fail "sbatch is not here; submit from a machine of the Slurm cluster, or use launch/run.sh"
 [ -x "$ESPALIER_BUILD/espalier" ] || fail "$ESPALIER_BUILD/espalier is not there; launch/setup.sh and then launch/build.sh make it"
 # A thread count that the person's own arguments state comes later and wins.

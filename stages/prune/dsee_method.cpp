@@ -69,10 +69,7 @@ class Dsee : public PruningMethod {
   }
   void check_start(const Pattern& pattern, const driver::RunContext& run,
                    const io::Checkpoint& start) const override {
-    const auto leaves_adapter = [](const driver::EarlierEntry& entry) {
-      return entry.leaves_adapter();
-    };
-    if (!std::any_of(run.earlier.begin(), run.earlier.end(), leaves_adapter))
+    if (!std::ranges::any_of(run.earlier, &driver::EarlierEntry::leaves_adapter))
       require_adapter(pattern, start);
   }
   bool prunes_pooler() const override { return true; }

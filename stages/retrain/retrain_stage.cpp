@@ -200,13 +200,8 @@ void RetrainStage::check(const driver::RunContext& run,
 /// Whether an entry before this one can leave what the training starts from.
 void RetrainStage::check_start(const driver::RunContext& run,
                                const io::Checkpoint& start_model) const {
-  const auto left = [&](const auto& by) {
-    return std::any_of(run.earlier.begin(), run.earlier.end(), by);
-  };
-  const auto leaves_adapter = [](const driver::EarlierEntry& entry) {
-    return entry.leaves_adapter();
-  };
-  if (options_.adapter_previous && !left(leaves_adapter) &&
+  if (options_.adapter_previous &&
+      !std::ranges::any_of(run.earlier, &driver::EarlierEntry::leaves_adapter) &&
       model::matrices_with_terms(start_model).empty())
     throw UserError(fmt::format(
         "retrain.adapter: previous, but nothing stands beside the matrices of {} and no retrain "
@@ -216,7 +211,8 @@ void RetrainStage::check_start(const driver::RunContext& run,
   const auto leaves_sets = [](const driver::EarlierEntry& entry) {
     return entry.kind == "discover";
   };
-  if (starts_new && method_->needs_index_sets() && !options_.index_sets && !left(leaves_sets))
+  if (starts_new && method_->needs_index_sets() && !options_.index_sets &&
+      !std::ranges::any_of(run.earlier, leaves_sets))
     throw UserError(
         "retrain.index_sets: no discover stage stands before this one in pipeline; put discover "
         "there, name a file index_sets.h5, or choose random or none");
